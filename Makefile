@@ -1,0 +1,56 @@
+# anomaly_nb: `make demo` and `make test` do everything on a machine with Python 3.11+ and make.
+PYTHON ?= python3
+BIN    := .venv/bin
+# one thread a process: two notebooks side by side must not fight for the cores
+export OMP_NUM_THREADS = 1
+export MKL_NUM_THREADS = 1
+export OPENBLAS_NUM_THREADS = 1
+export NUMBA_NUM_THREADS = 1
+export PYTHONDONTWRITEBYTECODE =
+WORKERS ?= 2
+SIZE ?= demo
+
+.PHONY: help demo test test-system bench lab docs outputs export gpu-check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "anomaly_nb needs Python 3.11 or later, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,test]"
+	touch $@
+
+demo: .venv/ready  ## environment, embedded cohort, five detectors compared, report
+	$(BIN)/anomaly-nb demo --size $(SIZE)
+
+test: .venv/ready  ## export check, every notebook, pytest
+	$(BIN)/python -m pytest tests/test_house.py
+	$(BIN)/anomaly-nb data make brain --size tiny --contrast FLAIR
+	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing
+	$(BIN)/python -m pytest --durations=10 --ignore=tests/test_house.py
+
+test-system: .venv/ready  ## kills, faults and a real browser
+	$(BIN)/python -m pytest tests/system --durations=10
+
+bench: .venv/ready  ## speed as ratios, side by side
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+lab: .venv/ready  ## JupyterLab
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+export: .venv/ready  ## notebooks -> library, and README from the index
+	$(BIN)/nbdev-export
+	$(BIN)/python tests/outputs.py readme
+
+outputs: export  ## execute the chapters and store their outputs
+	$(BIN)/python tests/outputs.py store
+
+docs: .venv/ready  ## the notebooks as web pages, in _docs/
+	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb nbs/data/*.ipynb nbs/tasks/*.ipynb nbs/models/*.ipynb nbs/detectors/*.ipynb nbs/metrics/*.ipynb
+
+gpu-check:  ## every model of the catalog on a GPU against the CPU (needs a CUDA device)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu_check.py
+
+clean:  ## forget the environment and everything made
+	rm -rf .venv runs data/cohorts data/cache _docs

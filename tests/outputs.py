@@ -1,0 +1,28 @@
+"""`outputs.py store [NOTEBOOK ...]`: execute chapters and keep their outputs; `outputs.py readme`: README.md from the index."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import house
+
+
+def store(paths):
+    "Executes chapters with nbdev-test, cleans them, and records what their outputs were made from."
+    bins = Path(sys.executable).parent
+    for path in paths:
+        subprocess.run([bins/"nbdev-test", "--save", "--n-workers", "1", "--timing", str(path)], cwd=house.ROOT, check=True)
+        subprocess.run([bins/"nbdev-clean", "--fname", str(path)], cwd=house.ROOT, check=True)
+        nb = json.loads(path.read_text(encoding="utf-8"))
+        nb["metadata"]["anomaly_nb"] = {"outputs": house.outputs_key(house.ROOT, path)}
+        path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["store"]:
+        named = [Path(p).resolve() for p in sys.argv[2:]]
+        stale = [p for p in house.notebooks(house.ROOT) if house.keeps_outputs(p)]
+        store(named or stale)
+        house.readme_from_index(house.ROOT, write=True)
+    elif sys.argv[1:] == ["readme"]: house.readme_from_index(house.ROOT, write=True)
+    else: sys.exit(__doc__)

@@ -126,7 +126,7 @@ def run_key(notebook, parameters):
     manifest = ""
     if parameters.get("dataset"):
         from anomaly_nb.data.records import records_manifest
-        records = load_records(parameters["dataset"], parameters["size"], parameters["contrast"], parameters.get("data_options", ""))
+        records = load_records(parameters["dataset"], parameters["size"], parameters["contrast"], parameters.get("data_options", ""), parameters.get("model"))
         manifest = {pool: records_manifest(items) for pool, items in records.items()}
     return stable_hash({
         "cells": [_without_docstrings(text) for text, tags in code_cells(notebook) if "parameters" not in tags], "modules": modules, "entries": [repr(e) for e in entries],
@@ -137,6 +137,7 @@ def run_key(notebook, parameters):
 def _execute(job_file):
     "Executes the job of a JSON file with papermill, in this process; exits with 3 when a cell raised. Called in a child process."
     import papermill
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
         papermill.execute_notebook(job["notebook"], job["output"], parameters=job["parameters"], kernel_name="python3", cwd=job["folder"], progress_bar=False, log_output=False)
@@ -144,7 +145,13 @@ def _execute(job_file):
         Path(job["folder"], "traceback.txt").write_text(f"cell {error.exec_count}\n{error.ename}: {error.evalue}\n\n" + "\n".join(error.traceback), encoding="utf-8")
         sys.exit(3)
 
-# %% ../nbs/730_runner.ipynb #c020
+# %% ../nbs/730_runner.ipynb #c021
+def _end_with_parent(parent):
+    "Ends this process group, the kernel included, when the process that started it is gone."
+    while os.getppid() == parent: time.sleep(0.5)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+# %% ../nbs/730_runner.ipynb #c022
 @dataclass
 class Run:
     "One run: what to do and, later, how it went. `status` is waiting, running, done, cached, failed or unfinished."
@@ -160,7 +167,7 @@ class Run:
         "Short name for people: experiment, data set and model."
         return "-".join(str(v) for v in (self.experiment, self.parameters.get("dataset"), self.parameters.get("model")) if v)
 
-# %% ../nbs/730_runner.ipynb #c021
+# %% ../nbs/730_runner.ipynb #c023
 def _worker_environment(folder):
     "Environment of the child: limited threads, the settings in force, no buffering."
     now, file = settings(), settings_file()
@@ -173,7 +180,7 @@ def _child(job_file, folder):
     command = [sys.executable, "-c", "import sys; from anomaly_nb.runner import _execute; _execute(sys.argv[1])", str(job_file)]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_worker_environment(folder), start_new_session=True)
 
-# %% ../nbs/730_runner.ipynb #c022
+# %% ../nbs/730_runner.ipynb #c024
 def execute(run, folder=None, on_progress=None, stop=None):
     "Executes one `Run` unless its result is there; returns it with status, folder and message. `on_progress` gets the run's last state about twice a second; setting `stop` (an Event) ends it."
     from filelock import FileLock, Timeout
@@ -193,7 +200,7 @@ def execute(run, folder=None, on_progress=None, stop=None):
     run.seconds = time.monotonic() - started
     return run
 
-# %% ../nbs/730_runner.ipynb #c023
+# %% ../nbs/730_runner.ipynb #c025
 def _execute_in(run, notebook, values, key, partial, final, on_progress, stop):
     "Runs the child in `partial` and files the folder by its exit status."
     partial.mkdir(exist_ok=True)
@@ -223,7 +230,7 @@ def _end(child):
         try: return child.wait(5)
         except subprocess.TimeoutExpired: continue
 
-# %% ../nbs/730_runner.ipynb #c024
+# %% ../nbs/730_runner.ipynb #c026
 def _file_away(run, code, partial, final):
     "Renames a finished folder to its place, a failed one to `failed/`; leaves an unfinished one for the next start."
     if code == 0 and (partial/"metrics.json").is_file():
@@ -244,7 +251,7 @@ def _file_away(run, code, partial, final):
         run.status, run.folder = "unfinished", partial
         run.message = f"ended by signal {-code}" if code < 0 else f"exit status {code}: {' '.join(tail)}"
 
-# %% ../nbs/730_runner.ipynb #c026
+# %% ../nbs/730_runner.ipynb #c028
 def execute_all(runs, folder=None, processes=None, show=None):
     "Executes `Run`s side by side (`processes`, default: settings, one a core). One that fails never ends the others. `show(run, state)` is called when something changes. Ctrl-C ends the children; what is unfinished can go on later."
     stop, width = threading.Event(), processes or settings().processes or os.cpu_count() or 1

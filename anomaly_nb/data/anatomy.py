@@ -152,7 +152,7 @@ def draw_person(rng, site):
             "scale": np.clip(np.exp(rng.normal(np.log(0.92), 0.03))*(1 + rng.normal(0, 0.02, 3)), 0.82, 1.0).tolist(),
             "angles": rng.normal(0, 0.05, 3).tolist(), "shift": rng.normal(0, 1.5, 3).tolist(),
             "ventricle": float(rng.normal(0.5, 0.8) + 0.09*old + large*rng.uniform(3, 5)),
-            "sulcus": float(0.95 + 0.014*old + rng.normal(0, 0.12)), "cortex": float(rng.normal(2.7, 0.15)), "reach": float(rng.normal(17, 1))}
+            "sulcus": float(1.3 + 0.014*old + rng.normal(0, 0.12)), "cortex": float(rng.normal(2.7, 0.15)), "reach": float(rng.normal(17, 1))}
 
 # %% ../../nbs/data/110_anatomy.ipynb #c029
 def _rotation(angles):
@@ -165,7 +165,7 @@ def map_to_template(person, rng):
     A = _rotation(person["angles"])*np.array(person["scale"])
     x = grid_offsets(_COARSE) - np.array(person["shift"], np.float32)[:, None, None, None]
     y = np.einsum("ij,jdhw->idhw", np.linalg.inv(A).astype(np.float32), x)
-    y = y + np.stack([2.7*band_field(rng, _COARSE, 75.0) + 1.1*band_field(rng, _COARSE, 22.0, 60.0) for _ in range(3)])
+    y = y + np.stack([2.2*band_field(rng, _COARSE, 75.0) + 0.8*band_field(rng, _COARSE, 22.0, 60.0) for _ in range(3)])
     return (y + person["ventricle"]*read_at(template_maps()["opening"], y, _COARSE)).astype(np.float32)
 
 # %% ../../nbs/data/110_anatomy.ipynb #c030
@@ -208,10 +208,10 @@ def subject_anatomy(seed, spacing=2.0, site="A"):
     y, j_csf, j_white = refine(to_template, spacing), band_field(rng, spacing, 8.0, 20.0), band_field(rng, spacing, 8.0, 20.0)
     depth, zone = (refine(read_at(maps[k], to_template, 2.0), spacing) for k in ("depth", "zone"))
     q = pial_distance(person, to_template, depth, spacing, rng) + 0.35*j_csf
-    h, soft = person["sulcus"], 0.5
+    h, soft = person["sulcus"], 0.4
     a = 0.62*zone/(1 + np.exp(np.clip((depth - 21 - 3*j_white)/2.5, -15, 15)))   # own folds near the surface
-    phi_csf = (1 - a)*(1.8*read_at(maps["csf_odds"], y, 2.0) + 0.9*j_csf) + a*np.clip((h - q)/soft, -6, 6)
-    phi_white = (1 - a)*(1.8*read_at(maps["white_odds"], y, 2.0) + 0.9*j_white) + a*np.clip((q - h - person["cortex"] - 0.4*j_white)/soft, -6, 3.5)
+    phi_csf = (1 - a)*(1.8*read_at(maps["csf_odds"], y, 2.0) + 0.6*j_csf + 1.3*zone) + a*np.clip((h - q)/soft, -6, 6)
+    phi_white = (1 - a)*(1.8*read_at(maps["white_odds"], y, 2.0) + 0.6*j_white) + a*np.clip((q - h - person["cortex"] - 0.4*j_white)/soft, -6, 3.5)
     p = np.exp(np.clip(np.stack([phi_csf, np.zeros_like(phi_csf), phi_white]), -12, 12))
     p *= 1/(1 + np.exp(np.clip(-depth/0.8, -15, 15)))/p.sum(0)                    # the hull, soft
     return Anatomy(np.rint(255*p).astype(np.float32)/np.float32(255), to_template, person, float(spacing), site)

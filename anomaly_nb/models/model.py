@@ -43,7 +43,7 @@ def masked_top(values, foreground, share=0.01):
 # %% ../../nbs/models/300_model.ipynb #c015
 def scored(anomaly_map, foreground, score=None):
     "The dict that `AnomalyModel.score` returns: map [B,1,*spatial] float32, zero outside the foreground, and `score` [B] (default: its mean inside)."
-    anomaly_map = anomaly_map.detach().float() * foreground
+    anomaly_map = torch.where(foreground.bool(), anomaly_map.detach().float(), 0.0)
     score = masked_mean(anomaly_map, foreground) if score is None else score.detach().float()
     return {"anomaly_map": anomaly_map, "anomaly_score": score}
 

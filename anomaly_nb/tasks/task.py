@@ -10,8 +10,9 @@ import copy
 import dataclasses
 
 import numpy as np
+from fastcore.basics import patch
 
-from ..core import DataError, ParameterError, PoolError, check_sample
+from ..core import DataError, PoolError, check_sample
 
 # %% ../../nbs/tasks/200_task.ipynb #c006
 @dataclasses.dataclass
@@ -38,27 +39,25 @@ class Task:
         return {"name": type(self).__name__, **dataclasses.asdict(self)}
 
 # %% ../../nbs/tasks/200_task.ipynb #c011
-def _bind(self, source):
+@patch
+def bind(self: Task, source):
     "A copy of this task that draws other images from `source` (a dataset of samples)."
     bound = copy.copy(self)
     bound.source = source
     return bound
 
-Task.bind = _bind
-
 # %% ../../nbs/tasks/200_task.ipynb #c012
-def _other(self, sample, rng, tries=20):
+@patch
+def other(self: Task, sample, rng, tries=20):
     "A sample of another subject, drawn from the bound source. Errors: `PoolError` without a source or without another subject."
     if self.source is None: raise PoolError(type(self).__name__, "draws other images and has no source", "task.bind(dataset) first")
-    whose = list(getattr(self.source, "subjects", ()))
+    whose = getattr(self.source, "subjects", ())
     for _ in range(tries):
         index = int(rng.integers(len(self.source)))
-        if whose and whose[index] == sample["subject"]: continue
+        if len(whose) and whose[index] == sample["subject"]: continue
         other = self.source[index]
         if other["subject"] != sample["subject"]: return other
     raise PoolError(type(self).__name__, f"found no subject but {sample['subject']!r} in {tries} draws from its source", "a source with several subjects")
-
-Task.other = _other
 
 # %% ../../nbs/tasks/200_task.ipynb #c016
 def _frozen(value):

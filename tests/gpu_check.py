@@ -1,0 +1,94 @@
+"""make gpu-check: every model of the catalog on a CUDA device against the CPU. Exit status 0 passed, 1 failed, 2 NOT RUN (no device).
+
+Needs torch, pytorch-lightning, numpy, scipy, scikit-learn; data are smooth random images made here, so neither nilearn nor nbdev is needed."""
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def smooth_batch(n, shape, channels=1):
+    "A batch of smooth random images in a disk of foreground, half of them with a bright spot."
+    import numpy as np
+    from anomaly_nb.core import collate
+    from scipy.ndimage import gaussian_filter
+    rng, samples = np.random.default_rng(0), []
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, s) for s in shape], indexing="ij"))
+    foreground = (grid**2).sum(0)[None] < 0.8
+    for i in range(n):
+        image = np.stack([gaussian_filter(rng.normal(size=shape), 3) * 10 for _ in range(channels)]).astype(np.float32) * foreground
+        meta = {"volume": f"v{i}", "volume_shape": (1, *shape)[-3:], "origin": (0,) * 3, "extent": (1, *shape)[-3:]}
+        samples.append(dict(image=image, foreground=foreground, valid=np.ones_like(foreground), mask=np.zeros_like(foreground), mask_known=True, label=0, id=f"s{i}", subject=f"s{i}", meta=meta))
+    return collate(samples)
+
+
+def to(batch, device):
+    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+
+
+def check(name, entry, dims, device):
+    "Trains a model a little on the device; compares its scores with the CPU's on the same weights, float32 and bf16. Returns a row."
+    import copy
+    import torch
+    shape = (48, 56) if dims == 2 else (24, 32, 24)
+    torch.manual_seed(0)
+    batch = smooth_batch(16 if dims == 2 else 4, shape)
+    model = entry.load()(**({"channels": 1, "spatial_dims": dims, "shape": shape} | entry.defaults))
+    model.to(device)
+    losses, seconds = [], 0.0
+    on_device = to(batch, device)
+    for stage in model.stages():
+        stage.module.to(device).train()
+        optimizers = stage.module.configure_optimizers()
+        optimizer = optimizers["optimizer"] if isinstance(optimizers, dict) else optimizers
+        started = time.perf_counter()
+        for _ in range(30):
+            torch.manual_seed(1)
+            optimizer.zero_grad()
+            loss = stage.module.training_step(on_device, 0)
+            loss = loss["loss"] if isinstance(loss, dict) else loss
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        torch.cuda.synchronize()
+        seconds += time.perf_counter() - started
+    model.fit_statistics([on_device])
+    model.eval()
+    rows = []
+    for kind in model.kinds:
+        torch.manual_seed(2)
+        gpu = model.score(on_device, kind)["anomaly_map"].detach().cpu()
+        torch.manual_seed(2)
+        cpu = copy.deepcopy(model).cpu().score(batch, kind)["anomaly_map"].detach()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            torch.manual_seed(2)
+            half = model.score(on_device, kind)["anomaly_map"].detach().float().cpu()
+        inside = batch["foreground"]
+        def correlation(a, b): return float(torch.corrcoef(torch.stack([a[inside], b[inside]]))[0, 1])
+        random_map = name == "random"   # another generator on another device: nothing to compare but the range
+        same, low = (1.0, 1.0) if random_map else (correlation(gpu, cpu), correlation(half, cpu))
+        fell = not losses or losses[-1] < 0.9 * losses[0]
+        rows.append((name, kind, dims, same, low, losses[0] if losses else float("nan"), losses[-1] if losses else float("nan"), seconds, same > 0.999 and low > 0.95 and fell and bool(torch.isfinite(gpu).all())))
+    return rows
+
+
+def main():
+    import torch
+    from anomaly_nb.catalog import MODELS
+    if not torch.cuda.is_available():
+        print("gpu-check: NOT RUN, torch sees no CUDA device")
+        return 2
+    print(f"gpu-check on {torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    print(f"{'model':<12}{'score':<16}{'dims':<6}{'gpu~cpu':<10}{'bf16~f32':<10}{'loss':<24}{'30 steps':<10}")
+    good = True
+    for name, entry in MODELS.items():
+        for dims in entry.dims:
+            for row in check(name, entry, dims, torch.device("cuda")):
+                good &= row[-1]
+                print(f"{row[0]:<12}{row[1]:<16}{row[2]:<6}{row[3]:<10.5f}{row[4]:<10.5f}{f'{row[5]:.4g} -> {row[6]:.4g}':<24}{row[7]:<10.2f}{'ok' if row[-1] else 'FAILED'}", flush=True)
+    print("gpu-check: passed" if good else "gpu-check: FAILED")
+    return 0 if good else 1
+
+
+if __name__ == "__main__": sys.exit(main())

@@ -24,9 +24,9 @@ from pathlib import Path
 # %% ../nbs/000_core.ipynb #c005
 class InputError(ValueError):
     "Bad input from a person or a file. `where` names the file or parameter, `wrong` says what is wrong, `expected` what was expected."
-    def __init__(self, where, wrong, expected):
-        super().__init__(f"{where}: {wrong}; expected: {expected}")
-        self.where, self.wrong, self.expected = str(where), str(wrong), str(expected)
+    def __init__(self, where, wrong=None, expected=None):
+        super().__init__(where if wrong is None else f"{where}: {wrong}; expected: {expected}")  # a whole message: how torch hands on a worker's error
+        self.where, self.wrong, self.expected = str(where), wrong and str(wrong), expected and str(expected)
 
     def __reduce__(self):  # keeps the error intact when a worker process raises it
         return type(self), (self.where, self.wrong, self.expected)

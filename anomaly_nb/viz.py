@@ -51,9 +51,10 @@ def show_image(image, ax=None, title=None, vmin=None, vmax=None, foreground=None
     picture = plane(image, index).astype(float)
     inside = plane(foreground, index) > 0 if foreground is not None else np.isfinite(picture)
     low, high = np.nanpercentile(picture[inside], (0.5, 99.5)) if inside.any() else (0, 1)
+    low, high = low if vmin is None else vmin, high if vmax is None else vmax
     with plt.rc_context(STYLE):
         if ax is None: ax = plt.subplots(figsize=(3.2, 3.5), constrained_layout=True)[1]
-        ax.imshow(np.where(inside, picture, low), cmap="gray", vmin=low if vmin is None else vmin, vmax=high if vmax is None else vmax, interpolation="nearest")
+        ax.imshow(np.where(inside, picture, low), cmap="gray", vmin=low, vmax=high, interpolation="nearest")
         ax.set_xticks([]); ax.set_yticks([]); ax.set_facecolor("black")
         for side in ax.spines.values(): side.set_visible(False)
         if title: ax.set_title(title)

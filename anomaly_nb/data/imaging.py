@@ -42,8 +42,8 @@ def texture_field(rng, spacing):
     return ((field - field.mean())/field.std()).astype(np.float32)
 
 # %% ../../nbs/data/112_imaging.ipynb #c010
-NOISE = {"T1": 0.016, "T2": 0.018, "FLAIR": 0.018, "CT": 0.030}      # site A's standard deviation, on the scale of TISSUE_VALUES
-TEXTURE = {"T1": 0.045, "T2": 0.055, "FLAIR": 0.050, "CT": 0.025}    # relative
+NOISE = {"T1": 0.014, "T2": 0.016, "FLAIR": 0.016, "CT": 0.026}      # site A's standard deviation, on the scale of TISSUE_VALUES
+TEXTURE = {"T1": 0.025, "T2": 0.032, "FLAIR": 0.030, "CT": 0.015}    # relative
 
 def squeezed(values, contrast, squeeze):
     "`values` drawn towards the mean tissue of `contrast`: what less contrast does to tissue and lesion alike."

@@ -70,6 +70,7 @@ def reflect(points, plane):
     away = (points[:, 2] - a - b * points[:, 1] - c * points[:, 0]) * normal[2]
     return points - 2 * away[:, None] * normal
 
+# %% ../../nbs/data/120_lesion_scene.ipynb #c016
 def fit_midplane(coarse, step):
     "Coefficients a, b, c of x_mid = a + b*y + c*z (mm) for which the head [3,d,h,w] agrees best with its mirror image."
     look = ndimage.gaussian_filter(coarse[0] + 0.6 * coarse[1] + 0.3 * coarse[2], 1)
@@ -85,7 +86,7 @@ def fit_midplane(coarse, step):
             plane = min(tries, key=disagreement)
     return plane
 
-# %% ../../nbs/data/120_lesion_scene.ipynb #c016
+# %% ../../nbs/data/120_lesion_scene.ipynb #c017
 def make_scene(tissues, spacing):
     "Landmarks of one subject from its soft tissue maps [3,D,H,W] (CSF, grey, white); spacing in mm."
     tissues = np.asarray(tissues, np.float32)
@@ -106,34 +107,38 @@ def make_scene(tissues, spacing):
     return Scene(tissues, float(spacing), tissues.sum(0) > 0.5, factor, coarse, depth,
                  ndimage.distance_transform_edt(~ventricle).astype(np.float32) * step, mni, plane, extent)
 
-# %% ../../nbs/data/120_lesion_scene.ipynb #c017
+# %% ../../nbs/data/120_lesion_scene.ipynb #c018
 def find_ventricles(csf, depth, mni):
     "Bool mask of the lateral ventricles: deep CSF in a generous MNI box, in components that are not specks; never empty."
     right, front, up = mni
-    score = csf * (depth > 18) * (np.abs(right) < 34) * (front > -64) * (front < 42) * (up > -2) * (up < 38)
-    score = score * ((front > -26) | (np.abs(right) > 7))  # not the cisterns behind the third ventricle
-    labels, count = ndimage.label(score > 0.5, np.ones((3, 3, 3)))
-    if count == 0: return score >= max(float(score.max()), 1e-6)
+    region = (depth > 18) * (np.abs(right) < 34) * (front > -64) * (front < 42) * (up > -2) * (up < 38)
+    region = region * ((front > -26) | (np.abs(right) > 7))  # not the cisterns behind the third ventricle
+    labels, count = ndimage.label(csf * region > 0.5, np.ones((3, 3, 3)))
+    if count == 0:
+        score = csf * region + 1e-3 * depth
+        return score >= score.max()
     sizes = np.bincount(labels.ravel())[1:]
     return np.isin(labels, 1 + np.flatnonzero(sizes >= 0.2 * sizes.max()))
 
-# %% ../../nbs/data/120_lesion_scene.ipynb #c021
+# %% ../../nbs/data/120_lesion_scene.ipynb #c022
 def box_around(scene, centre, radius):
     "Slices of the voxels within `radius` mm (number or one an axis) of `centre` mm (z, y, x), clipped to the grid, never empty."
     lo = np.floor((np.asarray(centre) - radius) / scene.spacing).astype(int)
     hi = np.ceil((np.asarray(centre) + radius) / scene.spacing).astype(int) + 1
     return tuple(slice(int(np.clip(a, 0, n - 1)), int(np.clip(b, 1, n))) for a, b, n in zip(lo, hi, scene.brain.shape))
 
+# %% ../../nbs/data/120_lesion_scene.ipynb #c023
 def whole(scene):
     "The box of the whole brain."
     return box_around(scene, scene.extent.mean(0), (scene.extent[1] - scene.extent[0]) / 2 + 4)
 
-# %% ../../nbs/data/120_lesion_scene.ipynb #c022
+# %% ../../nbs/data/120_lesion_scene.ipynb #c024
 def offsets(scene, box, centre=(0, 0, 0)):
     "Open-mesh mm coordinates (z, y, x) of the voxels of a box, relative to `centre`."
     return tuple(np.arange(s.start, s.stop, dtype=np.float32).reshape([-1 if k == axis else 1 for k in range(3)]) * scene.spacing - np.float32(centre[axis])
                  for axis, s in enumerate(box))
 
+# %% ../../nbs/data/120_lesion_scene.ipynb #c025
 def in_box(scene, coarse_map, box):
     "A coarse map [d,h,w] interpolated at the fine voxels of a box."
     bases = []
@@ -142,13 +147,14 @@ def in_box(scene, coarse_map, box):
         bases.append(basis(np.clip(position, 0, n - 1), n, 1))
     return blow_up(coarse_map, bases)
 
-# %% ../../nbs/data/120_lesion_scene.ipynb #c023
+# %% ../../nbs/data/120_lesion_scene.ipynb #c026
 def side_of(scene, box):
     "Signed mm to the midplane at the voxels of a box: positive on the patient's left."
     z, y, x = offsets(scene, box)
     a, b, c = (np.float32(v) for v in scene.midplane)
     return x - (a + b * y + c * z)
 
+# %% ../../nbs/data/120_lesion_scene.ipynb #c027
 def place(scene, probability, rng):
     "A point (z, y, x) in mm drawn from a coarse map of non-negative numbers [d,h,w]; anywhere in the brain when all are zero."
     p = np.clip(probability, 0, None).ravel().astype(np.float64)
@@ -156,12 +162,13 @@ def place(scene, probability, rng):
     index = np.unravel_index(np.searchsorted(np.cumsum(p), rng.random() * p.sum()), probability.shape)
     return ((np.array(index) + rng.uniform(0, 1, 3)) * scene.factor - 0.5) * scene.spacing
 
+# %% ../../nbs/data/120_lesion_scene.ipynb #c028
 def value_at(scene, coarse_map, point):
     "A coarse map (last three axes) at the coarse voxel that holds `point` mm."
     index = [int(np.clip((p / scene.spacing + 0.5) // scene.factor, 0, n - 1)) for p, n in zip(point, coarse_map.shape[-3:])]
     return coarse_map[(..., *index)]
 
-# %% ../../nbs/data/120_lesion_scene.ipynb #c026
+# %% ../../nbs/data/120_lesion_scene.ipynb #c031
 def mni_point(scene, right, front, up):
     "The point (z, y, x) mm of this head nearest to MNI (right, front, up) mm, by the brain's extents and midplane."
     scale = (scene.extent[1] - scene.extent[0]) / (MNI_BRAIN[1] - MNI_BRAIN[0])

@@ -30,7 +30,7 @@ class Family:
     mask_known: bool = True
     many: bool = False            # several foci
 
-    def __post_init__(self): assert self.size_ml[0] < self.size_ml[1] and self.size_mm[0] < self.size_mm[1]
+
 
 # %% ../../nbs/data/128_lesions.ipynb #c005
 _t, _v = tissue_lesions, vascular_lesions

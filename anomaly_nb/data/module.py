@@ -10,6 +10,7 @@ __all__ = ['POOLS', 'EpochSampler', 'hide', 'Pool', 'check_pools', 'check_leakag
 import numpy as np
 import pytorch_lightning as pl
 from fastcore.basics import patch
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core import DataError, LeakageError, ParameterError, PoolError, choose, collate, rng_of
@@ -40,7 +41,8 @@ _META = ("volume", "volume_shape", "origin", "extent", "spacing", "affine", "sit
 def hide(sample, pool):
     "What a model may see of a sample in this pool: no mask in `weak`, neither mask nor label in `unlabelled`."
     if pool not in _HIDDEN: return sample
-    meta = {k: sample["meta"][k] for k in _META if k in sample["meta"]}
+    shown = (*_META, "volume_label") if pool == "weak" else _META
+    meta = {k: sample["meta"][k] for k in shown if k in sample["meta"]}
     sample = sample | dict(mask=np.zeros_like(sample["mask"]), valid=np.ones_like(sample["valid"]), mask_known=False, meta=meta)
     return sample | dict(label=0) if pool == "unlabelled" else sample
 
@@ -161,7 +163,7 @@ def loader(self: AnomalyDataModule, pool, task=False, shuffle=False, batch_size=
     dataset = Pool(own.dataset, pool, self.seed, self.bound_task(pool)) if task else own
     workers = self.workers if workers is None else workers
     sampler = EpochSampler(len(dataset), shuffle, self.seed, own.split, fixed=pool in _FIXED)
-    return DataLoader(dataset, batch_size=batch_size or self.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
+    return DataLoader(dataset, batch_size=batch_size or self.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 # %% ../../nbs/data/160_module.ipynb #c026
 @patch

@@ -48,7 +48,7 @@ def to_convention(array, affine):
     reverse = np.eye(4)[[2, 1, 0, 3]]
     return np.ascontiguousarray(turned.transpose(2, 1, 0)), affine @ back @ reverse
 
-# %% ../../nbs/data/100_records.ipynb #c015
+# %% ../../nbs/data/100_records.ipynb #c017
 _BROKEN = (EOFError, OSError, ValueError, TypeError, zlib.error, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError)
 
 def _open_nifti(path):
@@ -64,7 +64,7 @@ def _open_nifti(path):
         return np.asarray(image.dataobj, dtype=np.float32), image.affine
     except _BROKEN as error: raise DataError(path, f"is truncated or not an image ({type(error).__name__}: {error})".replace("\n", " "), expected) from None
 
-# %% ../../nbs/data/100_records.ipynb #c016
+# %% ../../nbs/data/100_records.ipynb #c018
 def read_volume(path):
     "A NIfTI file -> (array [D,H,W] float32 in the axis convention, affine 4x4 of (d,h,w,1) -> RAS mm). Errors: `DataError` naming the file."
     array, affine = _open_nifti(path)
@@ -74,7 +74,7 @@ def read_volume(path):
         raise DataError(path, "has an affine that cannot be inverted", "a header with voxel size and orientation")
     return to_convention(array, affine)
 
-# %% ../../nbs/data/100_records.ipynb #c018
+# %% ../../nbs/data/100_records.ipynb #c020
 def write_volume(path, array, affine, dtype=None):
     "Writes an array [D,H,W] in the axis convention as .nii or .nii.gz, whole or not at all; equal input gives equal bytes. bool is stored as uint8."
     array, affine = np.asarray(array), np.asarray(affine, dtype=float)
@@ -87,7 +87,7 @@ def write_volume(path, array, affine, dtype=None):
     raw = image.to_bytes()
     with write_aside(path) as aside: aside.write_bytes(gzip.compress(raw, compresslevel=1, mtime=0) if str(path).endswith(".gz") else raw)
 
-# %% ../../nbs/data/100_records.ipynb #c022
+# %% ../../nbs/data/100_records.ipynb #c024
 def _same_grid(path, array, affine, first, shape, reference):
     "Raises `DataError` if a file's grid is not that of the record's first image."
     if array.shape != shape: raise DataError(path, f"has the grid {array.shape}", f"{shape}, the grid of {first}")
@@ -95,16 +95,16 @@ def _same_grid(path, array, affine, first, shape, reference):
     off = np.linalg.norm((affine - reference) @ corners.T, axis=0).max() / np.linalg.norm(reference[:3, :3], axis=0).min()
     if off > 0.01: raise DataError(path, f"lies elsewhere in the world (up to {off:.2g} voxels off)", f"the affine of {first}")
 
-# %% ../../nbs/data/100_records.ipynb #c023
+# %% ../../nbs/data/100_records.ipynb #c025
 def _read_mask(path, shape, first, reference):
     "A file of zeros and ones on the given grid -> [1,D,H,W] bool."
     array, affine = read_volume(path)
     _same_grid(path, array, affine, first, shape, reference)
-    values = np.unique(array[:]) if not np.isin(array, (0, 1)).all() else ()
+    values = np.unique(array) if not np.isin(array, (0, 1)).all() else ()
     if len(values): raise DataError(path, f"is not a binary mask (values {', '.join(f'{v:g}' for v in values[:5])}{', ...' if len(values) > 5 else ''})", "only 0 and 1")
     return array[None] > 0
 
-# %% ../../nbs/data/100_records.ipynb #c025
+# %% ../../nbs/data/100_records.ipynb #c027
 def _check_image(path, array, foreground):
     "Raises `DataError` naming the file for NaN, infinite or constant images."
     wrong = int((~np.isfinite(array)).sum())
@@ -112,7 +112,7 @@ def _check_image(path, array, foreground):
     inside = array[foreground[0]]
     if inside.min() == inside.max(): raise DataError(path, f"is constant in the foreground (every voxel {inside.min():g})", "an image with contrast")
 
-# %% ../../nbs/data/100_records.ipynb #c026
+# %% ../../nbs/data/100_records.ipynb #c028
 def load_record(record, channels=None):
     "Reads a `Record` -> sample (3D, `KEYS` of core, numpy). `channels`: how many files are expected. Errors: `DataError` naming the file."
     if not record.images or (channels and len(record.images) != channels):
@@ -132,7 +132,7 @@ def load_record(record, channels=None):
     return check_sample(dict(image=np.stack([v for v, _ in volumes]), **masks, mask_known=bool(record.mask_known), label=int(record.label),
                              id=record.id, subject=record.subject, meta=record.meta | place | dict(spacing=spacing, affine=affine.tolist())))
 
-# %% ../../nbs/data/100_records.ipynb #c034
+# %% ../../nbs/data/100_records.ipynb #c036
 @functools.lru_cache(maxsize=100_000)
 def _content(path, size, mtime_ns):
     "Digest of a file's bytes, remembered as long as its size and time stay."
@@ -145,12 +145,12 @@ def file_hash(path):
     state = path.stat()
     return _content(str(path), state.st_size, state.st_mtime_ns)
 
-# %% ../../nbs/data/100_records.ipynb #c035
+# %% ../../nbs/data/100_records.ipynb #c037
 def records_manifest(records, length=16):
     "Hash of what the records hold: ids, subjects, labels and file contents, in any order and any folder."
     return stable_hash(sorted([r.id, r.subject, r.label, r.mask_known, len(r.images), *map(file_hash, r.files)] for r in records), length)
 
-# %% ../../nbs/data/100_records.ipynb #c039
+# %% ../../nbs/data/100_records.ipynb #c041
 _COLUMNS = ("id", "subject", "label", "images", "mask", "mask_known", "foreground", "valid", "meta")
 
 def write_manifest(path, records):
@@ -166,7 +166,7 @@ def write_manifest(path, records):
         for r in records:
             rows.writerow([r.id, r.subject, r.label, "|".join(map(short, r.images)), short(r.mask), int(r.mask_known), short(r.foreground), short(r.valid), json.dumps(r.meta, sort_keys=True)])
 
-# %% ../../nbs/data/100_records.ipynb #c040
+# %% ../../nbs/data/100_records.ipynb #c042
 def read_manifest(path):
     "Reads a CSV of `write_manifest` -> list of `Record` with absolute paths. Errors: `DataError` naming the file and the line."
     path = Path(path)

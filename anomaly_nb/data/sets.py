@@ -52,7 +52,7 @@ class VolumeSet:
 def _prepare(self: VolumeSet):
     "Prepares every volume once, a few at a time; remembers only what is small."
     def one(record): return prepare(record, self.transforms) if self.cache is False else cached(record, self.transforms, self.cache)
-    workers = min(len(self.records), settings().processes or os.cpu_count() or 1)
+    workers = min(len(self.records), settings().processes or os.cpu_count() or 1, 8)   # each holds a whole scan in memory
     with ThreadPoolExecutor(workers) as pool:
         try: found = list(track(pool.map(one, self.records), "preparing volumes", len(self.records)))
         except BaseException: pool.shutdown(cancel_futures=True); raise

@@ -13,7 +13,7 @@ from scipy import ndimage
 from ..arrays import bounding_box
 from .lesion_scene import coarsen, in_box, offsets, place, side_of, smooth_noise, value_at, whole
 from .lesion_shapes import (Canvas, arrival_time, blob, cut, draw_volume, jacobian, mottle, radius_of, random_axes, soft,
-                                           swell_far, to_fine)
+                                           swell_far, to_fine, unfold)
 
 # %% ../../nbs/data/124_tissue_lesions.ipynb #c005
 def vary(values, rng, spread=0.04):
@@ -58,11 +58,12 @@ def glioma(scene, rng, size=1.0):
     values = vary({"T1": (0.5, 0.98, 0.28), "T2": (0.88, 0.72, 0.98), "FLAIR": (0.9, 0.78, 0.5), "CT": (0.3, 0.66, 0.25)}, rng)
     return canvas.finish("glioma", values, to_fine(scene, shift), core_ml=ml, side="left" if side > 0 else "right", count=1)
 
+# %% ../../nbs/data/124_tissue_lesions.ipynb #c009
 def core_cover(seed, scene, box):
     "The coarse core at the fine voxels of a box, so that oedema is full strength around it."
     return in_box(scene, ndimage.gaussian_filter(seed, 1), box)
 
-# %% ../../nbs/data/124_tissue_lesions.ipynb #c012
+# %% ../../nbs/data/124_tissue_lesions.ipynb #c013
 def lining(scene, rng, box, ml):
     "Membership [*box] of `ml` of white matter next to the ventricles, thicker at the horns."
     shape = [s.stop - s.start for s in box]
@@ -78,7 +79,7 @@ def lining(scene, rng, box, ml):
     white = scene.tissues[(2, *box)]
     return soft(phi - cut(phi, ml, scene.spacing, white > 0.6), 1.5 * scene.spacing) * np.clip(1.4 * white, 0, 1)
 
-# %% ../../nbs/data/124_tissue_lesions.ipynb #c013
+# %% ../../nbs/data/124_tissue_lesions.ipynb #c014
 def scatter(scene, rng, canvas, compartment, likely, radii, opacity=(0.7, 1.0), keep=2, rough=0.25):
     "Paints one small rough blob a radius (mm), placed by the coarse map `likely`, kept within the tissues of index >= `keep` (2: white only)."
     for radius in radii:
@@ -87,7 +88,7 @@ def scatter(scene, rng, canvas, compartment, likely, radii, opacity=(0.7, 1.0), 
         inside = np.clip(1.4 * scene.tissues[(slice(keep, None), *box)].sum(0), 0, 1)
         canvas.paint(compartment, box, soft(phi, scene.spacing) * inside, rng.uniform(*opacity))
 
-# %% ../../nbs/data/124_tissue_lesions.ipynb #c014
+# %% ../../nbs/data/124_tissue_lesions.ipynb #c015
 def white_matter_hyperintensities(scene, rng, size=1.0):
     "Periventricular lining and caps, and deep points. Source: the usual picture of small vessel disease."
     ml, box = draw_volume(rng, 9, 0.7, 2, 35) * size**3, whole(scene)
@@ -101,7 +102,7 @@ def white_matter_hyperintensities(scene, rng, size=1.0):
     values = vary({"T1": (0.6, 0.6), "T2": (0.82, 0.8), "FLAIR": (0.95, 0.92), "CT": (0.36, 0.37)}, rng, 0.03)
     return canvas.finish("white_matter_hyperintensities", {k: v for k, v in values.items() if k != "CT"}, count=int(count) + 1, side="both")
 
-# %% ../../nbs/data/124_tissue_lesions.ipynb #c018
+# %% ../../nbs/data/124_tissue_lesions.ipynb #c019
 def finger(scene, rng, slope, long, short):
     "Centre and axes of an ovoid that stands on the ventricle: its first axis points away from it. `slope` = gradient of the distance [3,d,h,w]."
     foot = place(scene, (scene.to_ventricle > 2) * (scene.to_ventricle < 7) * (scene.coarse[2] > 0.55) * (scene.mni[2] > 4), rng)
@@ -109,7 +110,7 @@ def finger(scene, rng, slope, long, short):
     away = away / max(float(np.linalg.norm(away)), 1e-6) + 0.15 * rng.standard_normal(3)
     return foot + away * (long - 1.5), random_axes(rng, away), (long, short, short * rng.uniform(0.8, 1.2))
 
-# %% ../../nbs/data/124_tissue_lesions.ipynb #c019
+# %% ../../nbs/data/124_tissue_lesions.ipynb #c020
 def ms(scene, rng, size=1.0):
     "Multiple sclerosis: plaques at the ventricles (fingers), under the cortex, below the tentorium; some with a T1 hole."
     h, canvas = scene.spacing, Canvas(scene, ("plaque", "hole"))
@@ -129,7 +130,7 @@ def ms(scene, rng, size=1.0):
     values = vary({"T1": (0.58, 0.3), "T2": (0.85, 0.92), "FLAIR": (0.95, 0.75)}, rng, 0.03)
     return canvas.finish("ms", values, count=int(count), side="both")
 
-# %% ../../nbs/data/124_tissue_lesions.ipynb #c023
+# %% ../../nbs/data/124_tissue_lesions.ipynb #c024
 def atrophy(scene, rng, size=1.0):
     "Atrophy: ventricles and sulci widen by displacement; no compartment is painted (one of zero weight keeps the shape)."
     h, step, box = scene.spacing, scene.spacing * scene.factor, whole(scene)
@@ -137,16 +138,14 @@ def atrophy(scene, rng, size=1.0):
     amount = np.clip(1 + 0.3 * smooth_noise(shape, 50, h, rng), 0.4, 1.8) * np.clip((in_box(scene, scene.mni[2], box) + 60) / 40, 0.3, 1)
     csf, tissue = scene.tissues[(0, *box)], scene.tissues[(slice(1, None), *box)].sum(0)
     gaps = np.clip(csf + 0.6 * (1 - csf - tissue), 0, 1)  # sulci, and the space outside the brain
-    sulci = swell_far(gaps, h, rng.uniform(1.4, 2.2) * size, max(2.2, 0.6 * h), fade=amount, floor=0.3, most=0.9)
+    sulci = swell_far(gaps, h, rng.uniform(1.6, 2.4) * size, max(2.2, 0.6 * h), fade=amount, most=1.6)
     marker = ndimage.gaussian_filter((scene.to_ventricle == 0).astype(np.float32), 0.5)
     near = bounding_box(scene.to_ventricle < 30)
     inner = np.zeros((3, *marker.shape), np.float32)
     inner[(slice(None), *near)] = swell_far(marker[near], step, rng.uniform(3, 5.5) * size, 7, fade=np.clip(scene.depth[near] / 20, 0, 1) * np.clip((30 - scene.to_ventricle[near]) / 10, 0, 1))
     u = to_fine(scene, inner)
     u[(slice(None), *box)] += sulci / h
-    for _ in range(8):  # the sum of two fields can fold where each alone does not
-        if jacobian(u[(slice(None), *box)]).min() > 0.05: break
-        u *= 0.85
+    u[(slice(None), *box)] = unfold(u[(slice(None), *box)], 0.05)  # the sum of two fields can fold where each alone does not
     canvas = Canvas(scene, ("none",))
     moved = np.sqrt((u**2).sum(0))
     canvas.membership = (moved * h > min(1.0, 0.5 * h * moved.max())).astype(np.float32) * scene.brain

@@ -148,7 +148,7 @@ def microbleeds(scene, rng, size=1.0):
         box, phi = blob(scene, rng, centre, rng.uniform(1.2, 2.6) * size ** (2 / 3) * rng.uniform(0.8, 1.25, 3), rough=0.2)
         member = soft(phi, scene.spacing)
         member[np.unravel_index(np.argmin(phi), phi.shape)] = 1  # never lost between voxels
-        canvas.paint("iron", box, member, rng.uniform(0.85, 1))
+        canvas.paint("iron", box, member, rng.uniform(0.7, 1))
     return canvas.finish("microbleeds", vary({"T2": (0.06,), "FLAIR": (0.18,)}, rng, 0.03), count=int(count), side="both")
 
 # %% ../../nbs/data/126_vascular_lesions.ipynb #c026

@@ -27,8 +27,8 @@ def crop_to(x, shape):
 
 # %% ../../nbs/models/330_autoencoder.ipynb #c007
 def channels_last(module, spatial_dims):
-    "Stores 2D convolution weights with the channels innermost (faster on CPU and GPU); 3D is left as it is."
-    return module.to(memory_format=torch.channels_last) if spatial_dims == 2 else module
+    "Stores convolution weights with the channels innermost: the same numbers, faster on CPU and GPU."
+    return module.to(memory_format=torch.channels_last if spatial_dims == 2 else torch.channels_last_3d)
 
 # %% ../../nbs/models/330_autoencoder.ipynb #c008
 class ConvEncoder(nn.Module):
@@ -50,15 +50,15 @@ class ConvEncoder(nn.Module):
 
 # %% ../../nbs/models/330_autoencoder.ipynb #c009
 class ConvDecoder(nn.Module):
-    "The mirror image: transposed convolutions that double the size, then a 3-convolution at full size. `forward(z, shape)` crops to `shape`."
+    "The mirror image: transposed convolutions, each doubling the size. `forward(z, shape)` crops to `shape`."
     def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=64, dense=True):
         super().__init__()
         conv, up, norm = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d) if spatial_dims == 2 else (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d)
         widths, grid = list(reversed(widths)), None if shape is None else [-(-n // 2**len(widths)) for n in shape]
         blocks = [nn.Linear(latent, widths[0] * math.prod(grid)), nn.Unflatten(1, (widths[0], *grid))] if dense else [conv(latent, widths[0], 1)]
-        for before, width in zip(widths, [*widths[1:], widths[-1]]):
+        for before, width in zip(widths, widths[1:]):
             blocks += [up(before, width, 4, stride=2, padding=1, bias=False), norm(width), nn.LeakyReLU(0.1, inplace=True)]
-        self.net = channels_last(nn.Sequential(*blocks, conv(widths[-1], channels, 3, padding=1)), spatial_dims)
+        self.net = channels_last(nn.Sequential(*blocks, up(widths[-1], channels, 4, stride=2, padding=1)), spatial_dims)
 
     def forward(self, z, shape): return crop_to(self.net(z), shape)
 

@@ -114,11 +114,11 @@ def _run_stage(model, stage, data, history, resume, *, trainer_settings, deadlin
 
     train = data.loader(stage.pool, task=stage.task, shuffle=True)
     val = data.loader(stage.val, task=stage.task) if stage.val in data.pools else None
-    if hasattr(train.sampler, "set_epoch"): train.sampler.set_epoch(begin)   # workers may start to read before Lightning says which epoch it is
+    if hasattr(getattr(train, "sampler", None), "set_epoch"): train.sampler.set_epoch(begin)   # workers may start to read before Lightning says which epoch it is
     callbacks.append(_Watched(who, stage, seed, history, deadline, on_epoch, save if resume else None, begin))
     seed_everything(int(stable_hash([seed, stage.name, "start", begin]), 16) % 2**32)
     module.train()
-    trainer = trainer_of(max_epochs=stage.epochs, callbacks=callbacks, **trainer_settings)
+    trainer = trainer_of(max_epochs=stage.epochs, callbacks=callbacks, **trainer_settings, **({} if val else {"limit_val_batches": 0}))
     trainer.fit(module, train_dataloaders=train, val_dataloaders=val)
     model.eval()
 

@@ -121,13 +121,13 @@ def report(args):
 # %% ../nbs/740_cli.ipynb #c015
 def run(args):
     "Executes one experiment."
-    from anomaly_nb.runner import Run, check_parameters, experiment_path, read_parameters
+    from anomaly_nb.runner import Run, check_parameters, experiment_path, read_parameters, run_key
     notebook = experiment_path(args.experiment)
     if args.list:
         for p in read_parameters(notebook).values(): print(f"{p.name:<16}{p.type.__name__:<7}{p.default!r:<14}{p.comment}")
         return 0
     pairs = read_pairs(args.parameter)
-    check_parameters(notebook, pairs)
+    run_key(notebook, check_parameters(notebook, pairs))   # reads the data: what is wrong with it is said here, in one line
     one = Run(args.experiment, pairs)
     status = _execute_shown([one], processes=1)
     if not status: print(f"{one.status}: {one.folder}")

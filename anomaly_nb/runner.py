@@ -84,7 +84,9 @@ def check_parameters(notebook, given):
     "All parameters of a run, typed: the notebook's defaults with `given` over them. Names of components and their options are checked in the catalog. Errors: `ParameterError`."
     known = read_parameters(notebook)
     values = {n: p.default for n, p in known.items()}
-    for name, value in given.items(): values[choose(name, list(known), f"parameter of {Path(notebook).stem}")] = convert(known[name], value)
+    for name, value in given.items():
+        choose(name, list(known), f"parameter of {Path(notebook).stem}")
+        values[name] = convert(known[name], value)
     for what, table in (("model", catalog.MODELS), ("dataset", catalog.DATASETS), ("task", catalog.TASKS), ("detector", catalog.DETECTORS)):
         if values.get(what): choose(values[what], list(table), what)
         options = values.get({"dataset": "data_options"}.get(what, f"{what}_options"))

@@ -21,11 +21,11 @@ from . import tissue_lesions, vascular_lesions
 # %% ../../nbs/data/128_lesions.ipynb #c004
 @dataclass(frozen=True)
 class Family:
-    "A lesion family: where it can be seen, whether its mask is known, and what is realistic (ml of the mask and mm of its parts, at size 1)."
+    "A lesion family: where it can be seen, whether its mask is known, and what is realistic at size 1 (ml of the mask, mm across its largest focus)."
     name: str
     visible: tuple                # contrasts
     size_ml: tuple                # smallest, largest
-    size_mm: tuple                # extent of one focus, smallest, largest
+    size_mm: tuple                # across the largest focus, smallest, largest
     draw: Callable                # (scene, rng, size) -> Lesion
     mask_known: bool = True
     many: bool = False            # several foci
@@ -37,14 +37,14 @@ _t, _v = tissue_lesions, vascular_lesions
 FAMILIES = {f.name: f for f in (
     Family("glioma", ("T1", "T2", "FLAIR", "CT"), (10, 220), (25, 110), _t.glioma),
     Family("stroke", ("T1", "T2", "FLAIR", "CT"), (5, 100), (25, 120), _v.stroke),
-    Family("white_matter_hyperintensities", ("T1", "T2", "FLAIR"), (1, 50), (2, 60), _t.white_matter_hyperintensities, many=True),
-    Family("ms", ("T1", "T2", "FLAIR"), (0.7, 30), (3, 30), _t.ms, many=True),
+    Family("white_matter_hyperintensities", ("T1", "T2", "FLAIR"), (1, 50), (6, 130), _t.white_matter_hyperintensities, many=True),
+    Family("ms", ("T1", "T2", "FLAIR"), (0.7, 30), (6, 40), _t.ms, many=True),
     Family("microbleeds", ("T2", "FLAIR"), (0.005, 3), (2, 9), _v.microbleeds, many=True),
     Family("haemorrhage", ("T1", "T2", "FLAIR", "CT"), (5, 140), (20, 90), _v.haemorrhage),
-    Family("ischaemia", ("CT",), (15, 200), (40, 140), _v.ischaemia),
-    Family("cavernoma", ("T1", "T2", "FLAIR", "CT"), (0.3, 16), (6, 35), _v.cavernoma),
-    Family("aneurysm", ("CT", "T2"), (0.008, 1.5), (3, 14), _v.aneurysm),
-    Family("atrophy", ("T1", "T2", "FLAIR", "CT"), (10, 900), (5, 180), _t.atrophy, mask_known=False),
+    Family("ischaemia", ("CT",), (15, 230), (40, 150), _v.ischaemia),
+    Family("cavernoma", ("T1", "T2", "FLAIR", "CT"), (0.2, 14), (6, 34), _v.cavernoma),
+    Family("aneurysm", ("CT", "T2"), (0.008, 1.5), (2, 16), _v.aneurysm),
+    Family("atrophy", ("T1", "T2", "FLAIR", "CT"), (10, 900), (20, 180), _t.atrophy, mask_known=False),
 )}
 
 # %% ../../nbs/data/128_lesions.ipynb #c006

@@ -54,7 +54,9 @@ def glioma(scene, rng, size=1.0):
     dead = soft(phi + np.maximum(thick, 0.9 * h) + 0.25 * radius * np.maximum(0, smooth_noise(phi.shape, 0.8 * radius, h, rng) - 0.6), h)
     canvas.paint("rim", box, core, mottle(scene, box, rng, 0.75, 1, 6))
     canvas.paint("necrosis", box, dead, mottle(scene, box, rng, 0.75, 1, 8))
-    shift = swell_far(seed, h * scene.factor, min(0.32 * radius, 9), 0.75 * radius + 4, fade=np.clip(scene.depth / 12, 0, 1))
+    step = h * scene.factor
+    shift = swell_far(seed, step, min(0.32 * radius, 9), 0.75 * radius + 4, fade=np.clip(scene.depth / 12, 0, 1))
+    shift = step * unfold(shift / step, 0.1)
     values = vary({"T1": (0.5, 0.98, 0.28), "T2": (0.88, 0.72, 0.98), "FLAIR": (0.9, 0.78, 0.5), "CT": (0.3, 0.66, 0.25)}, rng)
     return canvas.finish("glioma", values, to_fine(scene, shift), core_ml=ml, side="left" if side > 0 else "right", count=1)
 

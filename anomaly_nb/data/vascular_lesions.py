@@ -75,7 +75,7 @@ def dense_artery(scene, rng, canvas, side, length=16, radius=1.7):
 def ischaemia(scene, rng, size=1.0):
     "Early ischaemia on CT: slight darkening and loss of grey-white contrast in a large territory; a dense artery in a third."
     territory = list(TERRITORIES)[rng.choice(len(TERRITORIES), p=(0.15, 0.15, 0.05, 0.45, 0.08, 0.12))]
-    side, ml = rng.choice((-1, 1)), draw_volume(rng, 75, 0.5, 25, 190) * size**3
+    side, ml = rng.choice((-1, 1)), draw_volume(rng, 75, 0.5, 25, 165) * size**3
     box, member = wedge(scene, rng, territory, side, ml)
     _, grey, white = scene.tissues[(slice(None), *box)]
     canvas = Canvas(scene, ("swollen", "clot"))
@@ -154,7 +154,7 @@ def microbleeds(scene, rng, size=1.0):
 # %% ../../nbs/data/126_vascular_lesions.ipynb #c026
 def cavernoma(scene, rng, size=1.0):
     "Popcorn of bright, grey and dark lobules with dark septa and a dark rim."
-    ml, h = draw_volume(rng, 1.6, 0.7, 0.3, 7) * size**3, scene.spacing
+    ml, h = draw_volume(rng, 1.0, 0.7, 0.2, 5) * size**3, scene.spacing
     radius = radius_of(ml)
     likely = (scene.coarse[1:].sum(0) > 0.9) * (scene.depth > 8 + radius) * (scene.to_ventricle > radius + 3)
     centre = place(scene, likely, rng)

@@ -60,7 +60,11 @@ def fit_scale(normal_scores):
     spread = v[-1] - v[len(v) // 2]
     above = v[-1] + _geometric(v[-1], spread, 3 * quarter // 2)
     below = v[0] - _geometric(v[0], v[len(v) // 2] - v[0], quarter // 2 - 1)
-    return ScoreScale(np.unique(np.concatenate([below, quantiles, above]).astype(np.float32)))
+    edges = np.unique(np.concatenate([below, quantiles, above]).astype(np.float32))
+    inner = edges[(edges >= v[0]) & (edges <= v[-1])].astype(np.float64)      # discrete scores share quantiles: spend what is left between them
+    spare = (LEVELS - 1 - len(edges)) // max(1, len(inner) - 1)
+    between = [inner[:-1] + np.diff(inner) * (j / (spare + 1)) for j in range(1, spare + 1)]
+    return ScoreScale(np.unique(np.concatenate([edges, *between]).astype(np.float32)))
 
 # %% ../../nbs/metrics/530_streaming.ipynb #c015
 def check_scale(label, score, scale, foreground=None, limit=1e-3, show=print):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..core import ParameterError, choose
 from .model import AnomalyModel, scored
 
-# %% ../../nbs/models/330_autoencoder.ipynb #c005
+# %% ../../nbs/models/330_autoencoder.ipynb #c006
 def pad_to_multiple_of(x, multiple):
     "Pads [B,C,*spatial] with zeros at the far ends, up to multiples of `multiple`."
     missing = [-n % multiple for n in x.shape[2:]]
@@ -25,12 +25,12 @@ def crop_to(x, shape):
     "The first `shape` voxels of [B,C,*spatial]: undoes `pad_to_multiple_of`."
     return x[(..., *(slice(0, n) for n in shape))]
 
-# %% ../../nbs/models/330_autoencoder.ipynb #c007
+# %% ../../nbs/models/330_autoencoder.ipynb #c008
 def channels_last(module, spatial_dims):
     "Stores convolution weights with the channels innermost: the same numbers, faster on CPU and GPU."
     return module.to(memory_format=torch.channels_last if spatial_dims == 2 else torch.channels_last_3d)
 
-# %% ../../nbs/models/330_autoencoder.ipynb #c008
+# %% ../../nbs/models/330_autoencoder.ipynb #c011
 class ConvEncoder(nn.Module):
     "Strided 3-convolutions, one per entry of `widths`. Gives `features` numbers an image (`dense`, needs `shape`), or a map [B,features,*grid] of the image's size / 2^len(widths)."
     def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), features=64, dense=True):
@@ -48,7 +48,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x): return self.net(pad_to_multiple_of(x, self.multiple))
 
-# %% ../../nbs/models/330_autoencoder.ipynb #c009
+# %% ../../nbs/models/330_autoencoder.ipynb #c012
 class ConvDecoder(nn.Module):
     "The mirror image: transposed convolutions, each doubling the size. `forward(z, shape)` crops to `shape`."
     def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=64, dense=True):
@@ -62,7 +62,7 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z, shape): return crop_to(self.net(z), shape)
 
-# %% ../../nbs/models/330_autoencoder.ipynb #c010
+# %% ../../nbs/models/330_autoencoder.ipynb #c013
 class ConvAutoencoder(nn.Module):
     "Encoder and decoder of mirrored `widths`, with `latent` numbers an image (`dense`) or a location of the coarse grid between them. Any size, 2D and 3D."
     def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=64, dense=True):
@@ -74,7 +74,7 @@ class ConvAutoencoder(nn.Module):
 
     def forward(self, x): return self.decoder(self.encode(x), x.shape[2:])    # [B,C,*spatial]
 
-# %% ../../nbs/models/330_autoencoder.ipynb #c012
+# %% ../../nbs/models/330_autoencoder.ipynb #c017
 class AutoencoderModel(AnomalyModel):
     "Reconstruction residual of a `ConvAutoencoder`. Kinds: `l1`, `l2`. `criterion` (`l1` or `l2`) is the training loss, per foreground voxel."
     kinds = ("l1", "l2")

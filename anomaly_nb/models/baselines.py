@@ -11,7 +11,7 @@ import torch
 from ..core import DataError, choose, rng_of
 from .model import AnomalyModel, scored
 
-# %% ../../nbs/models/320_baselines.ipynb #c005
+# %% ../../nbs/models/320_baselines.ipynb #c009
 class RandomMap(AnomalyModel):
     "Uniform noise in [0,1), fixed by `seed` and the sample's id."
     kinds = ("random",)
@@ -24,7 +24,7 @@ class RandomMap(AnomalyModel):
         noise = [torch.as_tensor(rng_of("RandomMap", self.hparams.seed, name).random(shape, dtype="float32")) for name in batch["id"]]
         return scored(torch.stack(noise).to(batch["image"].device), batch["foreground"])
 
-# %% ../../nbs/models/320_baselines.ipynb #c007
+# %% ../../nbs/models/320_baselines.ipynb #c013
 def ranks(values, reference):
     "Position of each of `values` in the sorted `reference`: 0 at its minimum, 1 at its maximum, ties in the middle, going on linearly beyond (one range = 1)."
     low, high = torch.searchsorted(reference, values, right=False), torch.searchsorted(reference, values, right=True)
@@ -32,7 +32,7 @@ def ranks(values, reference):
     span = (reference[-1] - reference[0]).clamp_min(1e-6)
     return inside + (values - reference[-1]).clamp_min(0) / span - (reference[0] - values).clamp_min(0) / span
 
-# %% ../../nbs/models/320_baselines.ipynb #c008
+# %% ../../nbs/models/320_baselines.ipynb #c016
 class IntensityThreshold(AnomalyModel):
     """Histogram-equalised intensity in the foreground as the score (Meissen et al. 2021). Kinds: `bright`, `dark`, `both` (far from the median).
 
@@ -66,7 +66,7 @@ class IntensityThreshold(AnomalyModel):
         r = torch.stack([self.equalised(image, inside) for image, inside in zip(batch["image"], batch["foreground"][:, 0])])
         return scored({"bright": r, "dark": 1 - r, "both": (2 * r - 1).abs()}[self.kind_of(kind)], batch["foreground"])
 
-# %% ../../nbs/models/320_baselines.ipynb #c010
+# %% ../../nbs/models/320_baselines.ipynb #c022
 def place_of(image, meta):
     "(shape of the whole grid, slices of this piece in it, shape of the piece) for an image [C,*spatial] and its `meta`; an image that is no piece is the whole grid."
     if "origin" not in meta: return tuple(image.shape[1:]), (...,), tuple(image.shape[1:])
@@ -74,7 +74,7 @@ def place_of(image, meta):
     where = (slice(None), *(slice(int(o), int(o) + e) for o, e in zip(meta["origin"], extent)))
     return tuple(int(n) for n in meta["volume_shape"]), where, extent
 
-# %% ../../nbs/models/320_baselines.ipynb #c011
+# %% ../../nbs/models/320_baselines.ipynb #c023
 class MeanImage(AnomalyModel):
     """Deviation from the mean image of normals in standard deviations, per location of the volume's grid (slices and patches by their `meta`).
 

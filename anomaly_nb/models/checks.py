@@ -74,7 +74,7 @@ def check_loss_falls(model, batch, steps=30, share=0.1, seed=0):
         one = batch[stage.pool] if "image" not in batch else batch
         repeated, watch = _Repeated(one, steps, keep=("label",) if stage.pool == "weak" else ()), _Fixed(seed, reached)
         stage.module.train()
-        trainer_of("cpu", "32-true", max_epochs=1, limit_val_batches=0, callbacks=[watch]).fit(stage.module, train_dataloaders=repeated)
+        trainer_of("cpu", "32-true", max_epochs=1, limit_val_batches=0, callbacks=[watch]).fit(stage.module, repeated, repeated)   # none of the second is read
         assert np.isfinite(watch.losses).all(), f"{who}, stage {stage.name!r}: the loss is not finite"
         report[stage.name] = (watch.losses[0], min(watch.losses)) if watch.losses else None
         if stage.module.automatic_optimization:

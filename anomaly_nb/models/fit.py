@@ -119,7 +119,7 @@ def _run_stage(model, stage, data, history, resume, *, trainer_settings, deadlin
     seed_everything(int(stable_hash([seed, stage.name, "start", begin]), 16) % 2**32)
     module.train()
     trainer = trainer_of(max_epochs=stage.epochs, callbacks=callbacks, **trainer_settings, **({} if val else {"limit_val_batches": 0}))
-    trainer.fit(module, train_dataloaders=train, val_dataloaders=val)
+    trainer.fit(module, train_dataloaders=train, val_dataloaders=val or train)   # Lightning warns without one; with a limit of 0 it is not read
     model.eval()
 
 # %% ../../nbs/models/310_fit.ipynb #c017

@@ -13,12 +13,12 @@ from sklearn.decomposition import PCA
 from ..core import DataError
 from .model import AnomalyModel, scored
 
-# %% ../../nbs/models/325_pca.ipynb #c004
+# %% ../../nbs/models/325_pca.ipynb #c007
 def components_for(ratios, explained):
     "The smallest number of components whose variance `ratios` add up to `explained`; all of them if they do not reach it."
     return int(min(np.searchsorted(np.cumsum(ratios), explained) + 1, len(ratios)))
 
-# %% ../../nbs/models/325_pca.ipynb #c005
+# %% ../../nbs/models/325_pca.ipynb #c010
 class PCAResidual(AnomalyModel):
     """Residual of the principal components of normal images (slices or volumes, all of one `shape`).
 
@@ -49,7 +49,7 @@ class PCAResidual(AnomalyModel):
         self.mean_, self.components_, self.ratios_ = (torch.as_tensor(np.ascontiguousarray(v), dtype=torch.float32, device=device)
                                                       for v in (pca.mean_, pca.components_[:k], pca.explained_variance_ratio_))
 
-# %% ../../nbs/models/325_pca.ipynb #c007
+# %% ../../nbs/models/325_pca.ipynb #c012
 from fastcore.basics import patch
 
 @patch

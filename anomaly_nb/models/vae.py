@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from .autoencoder import ConvDecoder, ConvEncoder
 from .model import AnomalyModel, masked_sum, scored
 
-# %% ../../nbs/models/340_vae.ipynb #c005
+# %% ../../nbs/models/340_vae.ipynb #c006
 def kl_to_standard_normal(mu, logvar):
     "KL divergence [B] of N(mu, exp(logvar)) [B,...] from N(0, I), in nats, summed over all but the first axis (Kingma & Welling 2014, appendix B)."
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
-# %% ../../nbs/models/340_vae.ipynb #c006
+# %% ../../nbs/models/340_vae.ipynb #c011
 def smooth(values, sigma, foreground=None):
     "Gaussian smoothing of [B,C,*spatial] with `sigma` voxels (cut at 2 sigma), normalised inside `foreground` so that the border does not fade. `sigma=0`: unchanged."
     if not sigma: return values
@@ -33,7 +33,7 @@ def smooth(values, sigma, foreground=None):
     inside = torch.ones_like(values[:, :1]) if foreground is None else foreground.float()
     return blur(values.float() * inside) / blur(inside).clamp_min(1e-6)
 
-# %% ../../nbs/models/340_vae.ipynb #c008
+# %% ../../nbs/models/340_vae.ipynb #c015
 class VAENet(nn.Module):
     "Encoder to (mu, logvar), decoder from z; convolutions as in `ConvAutoencoder`, the code is dense."
     def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=64):
@@ -51,7 +51,7 @@ class VAENet(nn.Module):
         z = mu + (0.5 * logvar).exp() * torch.randn_like(mu) if sample else mu
         return self.decoder(z, x.shape[2:]), mu, logvar
 
-# %% ../../nbs/models/340_vae.ipynb #c009
+# %% ../../nbs/models/340_vae.ipynb #c016
 class VAE(AnomalyModel):
     """Variational autoencoder with unit-variance Gaussian likelihood and beta * KL (Zimmerer et al. 2019). Kinds: `residual` |x - x_hat| at the mean code; `elbo_gradient` |d(-ELBO)/dx|, smoothed.
 
@@ -65,7 +65,7 @@ class VAE(AnomalyModel):
     def terms(self, image, foreground, sample):
         "(reconstruction term [B], KL [B], reconstruction [B,C,*spatial]) in nats."
         drawn, mu, logvar = self.net(image * foreground, sample)
-        drawn, mu, logvar = drawn.float(), mu.float(), logvar.float()
+        drawn, mu, logvar = (t.to(image.dtype) for t in (drawn, mu, logvar))      # sums in full precision, whatever the network computed in
         return 0.5 * masked_sum((image - drawn)**2, foreground), kl_to_standard_normal(mu, logvar), drawn
 
     def loss(self, batch):

@@ -1,0 +1,151 @@
+"""`fit` and `predict` under bad conditions: a killed process, a NaN, a wrong folder, a damaged file, a missing pool."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from test_contract import Auto, Blocks, Gradient, TwoStages, Weak, module  # noqa: E402
+
+from anomaly_nb.core import InputError, ParameterError, PoolError, seed_everything  # noqa: E402
+from anomaly_nb.models.fit import fit, predict  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+class Dropped(TwoStages):
+    "Random numbers in every step, an epoch-wise schedule, two stages: everything that a resumed training can get wrong. Kills its process at one step if told to."
+    def __init__(self, channels=1, spatial_dims=2, shape=(12, 12), lr=1e-2, epochs=6):
+        super().__init__(channels, spatial_dims, shape, lr, epochs)
+        self.steps = 0
+
+    def draw(self, image): return super().draw(torch.nn.functional.dropout(image, 0.3, self.training))
+
+    def loss(self, batch):
+        self.steps += self.training
+        if os.environ.get("KILL_AT") == str(self.steps): os.kill(os.getpid(), signal.SIGKILL)
+        return super().loss(batch)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)]
+
+
+def train(folder, model_seed=0, workers=0, **settings):
+    "One training as a process would run it."
+    data = module()
+    data.workers = workers
+    seed_everything(model_seed)
+    return fit(Dropped(), data, folder, checkpoint_seconds=0, seed=3, **settings)
+
+
+def in_process(folder, kill_at=None, workers=0):
+    "`train` in a process of its own; returns its exit status."
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_fit; test_fit.train({str(folder)!r}, model_seed={0 if kill_at else 99}, workers={workers})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"KILL_AT": str(kill_at)} if kill_at else {})
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=HERE.parent).returncode
+
+
+@pytest.mark.parametrize("kill_at, workers", [(14, 0), (14, 2)])
+def test_killed_in_the_middle_ends_with_the_same_weights(tmp_path, kill_at, workers):
+    train(tmp_path/"whole")
+    assert in_process(tmp_path/"killed", kill_at, workers) == -signal.SIGKILL          # step 14 is the second of epoch 3
+    left = {p.name for p in (tmp_path/"killed").iterdir()}
+    assert "stage0.resume" in left and "model.safetensors" not in left
+    assert in_process(tmp_path/"killed", workers=workers) == 0                         # other initial weights: they must not matter
+    whole, resumed = (load_file(tmp_path/name/"model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert json.loads((tmp_path/"whole"/"history.json").read_text()) == json.loads((tmp_path/"killed"/"history.json").read_text())
+    assert not list((tmp_path/"killed").glob("stage*"))
+
+
+def test_stopped_between_stages_goes_on_with_the_second(tmp_path):
+    class Stop(BaseException): pass
+    def stop(row):
+        if row["stage"] == "prior" and row["epoch"] == 4: raise Stop
+    with pytest.raises(Stop): train(tmp_path/"stopped", on_epoch=stop)
+    assert (tmp_path/"stopped"/"stage0.safetensors").exists()
+    seen = []
+    history = train(tmp_path/"stopped", model_seed=7, on_epoch=seen.append)
+    assert {r["stage"] for r in seen} == {"prior"} and seen[0]["epoch"] == 4
+    assert history == train(tmp_path/"whole")
+    whole, again = (load_file(tmp_path/name/"model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_a_complete_fit_is_loaded_not_repeated(tmp_path):
+    history, called = train(tmp_path), []
+    assert train(tmp_path, model_seed=5, on_epoch=called.append) == history and not called
+
+
+def test_a_folder_of_another_training_is_refused(tmp_path):
+    fit(Auto(1, 2, (12, 12), epochs=1), module(), tmp_path)
+    with pytest.raises(ParameterError, match="another hyper_parameters"): fit(Auto(1, 2, (12, 12), epochs=1, lr=0.5), module(), tmp_path)
+    with pytest.raises(ParameterError, match="another class"): fit(Gradient(1, 2, (12, 12), epochs=1), module(), tmp_path)
+    with pytest.raises(ParameterError, match="another seed"): fit(Auto(1, 2, (12, 12), epochs=1), module(), tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("name", ["stage0.resume", "model.safetensors"])
+def test_a_damaged_state_is_an_error_with_the_name_of_the_file(tmp_path, name):
+    class Stop(BaseException): pass
+    def stop(row):
+        if name == "stage0.resume" and row["epoch"] == 2: raise Stop
+    try: train(tmp_path, on_epoch=stop)
+    except Stop: pass
+    file = tmp_path/name
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(InputError, match=name): train(tmp_path)
+
+
+def test_a_nan_is_named(tmp_path):
+    class Burst(Auto):
+        steps = 0
+        def loss(self, batch):
+            self.steps += self.training
+            return super().loss(batch) * (float("nan") if self.steps == 7 else 1)
+    with pytest.raises(ParameterError, match=r"Burst, stage 'train', epoch 1, step 7: the training loss is nan.*smaller learning rate"): fit(Burst(1, 2, (12, 12)), module(), tmp_path)
+    assert not (tmp_path/"model.safetensors").exists()
+
+
+def test_wrong_data_is_refused_before_training():
+    with pytest.raises(PoolError, match="Weak: needs the pool weak"): fit(Weak(), module())
+    with pytest.raises(ParameterError, match="was made for channels 2, the data have 1"): fit(Auto(2, 2, (12, 12)), module())
+    with pytest.raises(ParameterError, match="spatial_dims 3"): fit(Auto(1, 3, None), module())
+    with pytest.raises(ParameterError, match="shape"): fit(Auto(1, 2, (8, 8)), module())
+
+
+def test_gradients_work_under_predict(tmp_path):
+    model = Gradient(1, 2, (12, 12), epochs=1)
+    fit(model, module())
+    rows = predict(model, module().loader("test"), tmp_path, kinds=["gradient"])
+    assert all(np.load(r["map"]).any() for r in rows)
+    assert all(p.grad is None for p in model.parameters()) and model.training is False
+
+
+def test_the_budget_is_shared_by_the_stages():
+    stages = {r["stage"] for r in fit(TwoStages(1, 2, (12, 12), epochs=100_000), module(), max_seconds=1.0)}
+    assert stages == {"network", "prior"}
+
+
+def test_nothing_is_printed(capfd):
+    fit(Auto(1, 2, (12, 12), epochs=1), module())
+    out, err = capfd.readouterr()
+    assert out == "" and "GPU" not in err and "Tip" not in err
+    assert not Path("lightning_logs").exists()
+
+
+def test_pieces_that_come_shuffled_are_refused(tmp_path):
+    blocks = Blocks("piece", 6, shape=(12, 12))
+    for n, sample in enumerate(blocks.items): sample["meta"] |= dict(volume=f"v{n % 2}", volume_shape=(3, 12, 12), origin=(n // 2, 0, 0), extent=(1, 12, 12))
+    from torch.utils.data import DataLoader
+    from anomaly_nb.core import DataError, collate
+    with pytest.raises(DataError, match="comes back after another one"): predict(Auto(1, 2, (12, 12)), DataLoader(blocks, batch_size=2, collate_fn=collate), tmp_path)
+    assert not (tmp_path/"rows.json").exists()

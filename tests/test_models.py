@@ -1,0 +1,50 @@
+"""The shared check over every model of the catalog, in each dimension that it says it works in."""
+import numpy as np
+import pytest
+import torch
+
+from anomaly_nb import catalog
+from anomaly_nb.core import collate, rng_of, seed_everything
+from anomaly_nb.data.brain import brain_records
+from anomaly_nb.data.module import AnomalyDataModule
+from anomaly_nb.data.sets import SliceSet, VolumeSet
+from anomaly_nb.metrics.localization import pixel_ap
+from anomaly_nb.models.checks import CHECKS, check_detects, check_model
+
+torch.set_num_threads(1)
+CASES = [(name, dims) for name, entry in catalog.MODELS.items() for dims in entry.dims]
+
+
+def batch_of(shape, channels, count=6):
+    "Ball-shaped organs with smooth texture, two channels, a size that no network likes."
+    samples, axes = [], np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    for i in range(count):
+        rng = rng_of("batch", i)
+        inside = (sum(a**2 for a in axes) < rng.uniform(0.6, 0.9))[None]
+        image = np.stack([np.sin(3 * axes[0] * rng.normal() + c) + 0.3 * rng.normal(size=shape) for c in range(channels)]) * inside
+        samples.append(dict(image=image.astype(np.float32), foreground=inside, valid=inside, mask=~inside & inside, mask_known=True, label=0, id=f"b{i}", subject=f"b{i}", meta={}))
+    return collate(samples)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("name, dims", CASES)
+def test_shared_check(name, dims, channels):
+    entry, shape = catalog.MODELS[name], (21, 18) if dims == 2 else (10, 13, 9)
+    batch = batch_of(shape, channels)
+    batches = {"train": batch, "weak": batch | {"label": torch.arange(6) % 2}, "unlabelled": batch}
+    unknown = set(entry.exempt) - {*CHECKS, "detects"}
+    assert not unknown, f"the catalog exempts {name} from checks that do not exist: {unknown}"
+    check_model(lambda: catalog.build(catalog.MODELS, name, "model", channels=channels, spatial_dims=dims, shape=shape), batches, exempt=entry.exempt)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    records = brain_records("tiny", "FLAIR")
+    return AnomalyDataModule(**{pool: SliceSet(VolumeSet(found), min_foreground=0.05 if pool == "train" else 1e-9) for pool, found in records.items()})
+
+
+@pytest.mark.parametrize("name", [n for n, e in catalog.MODELS.items() if "detects" not in e.exempt])
+def test_finds_cohort_lesions(name, tiny):
+    seed_everything(0)
+    model = catalog.build(catalog.MODELS, name, "model", channels=tiny.channels, spatial_dims=2, shape=tiny.shape)
+    print(check_detects(model, tiny, pixel_ap, max_seconds=30))

@@ -36,7 +36,7 @@ class Dropped(TwoStages):
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
-        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)]
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch))]
 
 
 def train(folder, model_seed=0, workers=0, **settings):

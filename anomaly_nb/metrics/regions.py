@@ -32,7 +32,7 @@ def regions_of(mask, foreground=None):
 # %% ../../nbs/metrics/520_regions.ipynb #c012
 def tie_area(a, b, L):
     "Area under a line that rises from 0 at FPR `a` to 1 at FPR `b` and stays there, between 0 and `L`; arrays [k]."
-    cut = (np.maximum(L - a, 0.0))**2 / np.where(b > L, 2 * (b - a), 1.0)   # b > L: the line or the whole pixel lies beyond the limit
+    cut = (np.maximum(L - a, 0.0))**2 / np.where(b > np.maximum(a, L), 2 * (b - a), 1.0)   # used where a < L < b: the line crosses the limit
     return np.where(b <= L, L - (a + b) / 2, np.where(a < L, cut, 0.0))
 
 # %% ../../nbs/metrics/520_regions.ipynb #c013

@@ -7,6 +7,7 @@ __all__ = ['RandomMap', 'ranks', 'IntensityThreshold', 'place_of', 'MeanImage']
 
 # %% ../../nbs/models/320_baselines.ipynb #c003
 import torch
+from fastcore.basics import patch
 
 from ..core import DataError, choose, rng_of
 from .model import AnomalyModel, scored
@@ -108,12 +109,15 @@ class MeanImage(AnomalyModel):
         sd = torch.where(enough, (squares / count.clamp_min(1) - mean**2).clamp_min(0).sqrt(), spread)
         return mean, sd + self.hparams.floor * spread
 
-    def score(self, batch, kind=None):
-        self.kind_of(kind)
-        maps = []
-        for image, meta in zip(batch["image"].float(), batch["meta"]):
-            grid, where, extent = place_of(image, meta)
-            if tuple(self.mean_.shape[1:]) != grid: raise DataError("MeanImage", f"was fitted on the grid {tuple(self.mean_.shape[1:])}, got {grid}", "images in the same space")
-            z = (image.reshape(-1, *extent) - self.mean_[where]).abs() / self.sd_[where]
-            maps.append(z.mean(0).reshape(1, *image.shape[1:]))
-        return scored(torch.stack(maps), batch["foreground"])
+# %% ../../nbs/models/320_baselines.ipynb #c024
+@patch
+def score(self:MeanImage, batch, kind=None):
+    "Mean over channels of the absolute deviation in standard deviations. Another grid than that of the fit is a `DataError`."
+    self.kind_of(kind)
+    maps = []
+    for image, meta in zip(batch["image"].float(), batch["meta"]):
+        grid, where, extent = place_of(image, meta)
+        if tuple(self.mean_.shape[1:]) != grid: raise DataError("MeanImage", f"was fitted on the grid {tuple(self.mean_.shape[1:])}, got {grid}", "images in the same space")
+        z = (image.reshape(-1, *extent) - self.mean_[where]).abs() / self.sd_[where]
+        maps.append(z.mean(0).reshape(1, *image.shape[1:]))
+    return scored(torch.stack(maps), batch["foreground"])

@@ -86,11 +86,11 @@ def _summary(runs, console):
     return int(any(run.status not in ("done", "cached") for run in runs))
 
 # %% ../nbs/740_cli.ipynb #c013
-DEMO_MODELS = ("random", "intensity", "pca", "ae", "vae")
+DEMO_MODELS = ("random", "trivial", "intensity", "pca", "ae", "vae")
 DEMO_BUDGET = {"tiny": 10.0, "demo": 60.0, "claims": 600.0}   # seconds of training for each model that is trained
 
 def demo(args):
-    "Makes the cohort, runs five detectors on it, prints their table and writes the report."
+    "Makes the cohort, runs five detectors and the trivial scores on it, prints their table and writes the report."
     from anomaly_nb.core import choose
     from anomaly_nb.runner import Run
     choose(args.size, list(DEMO_BUDGET), "--size")

@@ -25,7 +25,7 @@ from pathlib import Path
 class InputError(ValueError):
     "Bad input from a person or a file. `where` names the file or parameter, `wrong` says what is wrong, `expected` what was expected."
     def __init__(self, where, wrong=None, expected=None):
-        super().__init__(where if wrong is None else f"{where}: {wrong}; expected: {expected}")  # a whole message: how torch hands on a worker's error
+        super().__init__(where if wrong is None else f"{where}: {wrong}; expected: {expected}")  # one argument: a finished message
         self.where, self.wrong, self.expected = str(where), wrong and str(wrong), expected and str(expected)
 
     def __reduce__(self):  # keeps the error intact when a worker process raises it
@@ -103,7 +103,7 @@ def check_sample(sample):
         raise DataError(who, "is labelled normal and has anomalous voxels", "an empty mask, or label 1")
     return sample
 
-# %% ../nbs/000_core.ipynb #c018
+# %% ../nbs/000_core.ipynb #c020
 def _pad_instances(items):
     "Pads each array of the dicts in `items` along its first axis to the longest; `present` [B,K] marks real rows."
     import numpy as np, torch
@@ -116,7 +116,7 @@ def _pad_instances(items):
     padded["present"] = padded["present"].bool() & real if "present" in padded else real
     return padded
 
-# %% ../nbs/000_core.ipynb #c019
+# %% ../nbs/000_core.ipynb #c021
 def collate(samples):
     "A list of samples (numpy) to one batch (torch): the same keys with a leading B. See the four rules above; an empty list is a `DataError`."
     import numpy as np, torch
@@ -133,7 +133,7 @@ def collate(samples):
             batch[key] = torch.stack(arrays) if len({tuple(a.shape) for a in arrays}) == 1 else arrays
     return batch
 
-# %% ../nbs/000_core.ipynb #c023
+# %% ../nbs/000_core.ipynb #c025
 @dataclass(frozen=True)
 class Settings:
     "What `settings.ini` says: paths (absolute), accelerator, precision, seed, and how many processes and threads."
@@ -150,7 +150,7 @@ class Settings:
 _SECTIONS = {"paths": ("cohorts", "cache"), "runs": ("folder",), "compute": ("accelerator", "precision", "seed", "workers", "processes", "threads")}
 _ALLOWED = {"accelerator": ("auto", "cpu", "gpu"), "precision": ("32-true", "bf16-mixed", "16-mixed")}
 
-# %% ../nbs/000_core.ipynb #c024
+# %% ../nbs/000_core.ipynb #c026
 def settings_file(start=None):
     "The nearest `settings.ini` of this project from `start` (default: here) upwards, else the one beside the library, else None."
     named = os.environ.get("ANOMALY_NB_SETTINGS")
@@ -162,7 +162,7 @@ def settings_file(start=None):
         file = folder/"settings.ini"
         if file.is_file() and "[paths]" in file.read_text(encoding="utf-8"): return file
 
-# %% ../nbs/000_core.ipynb #c025
+# %% ../nbs/000_core.ipynb #c027
 def _read_entries(file, environ):
     "Entries of the file, overridden by `environ`: {(section, entry): text}. Unknown names are errors."
     known = {(s, e) for s, entries in _SECTIONS.items() for e in entries}
@@ -178,7 +178,7 @@ def _read_entries(file, environ):
         if name.startswith("ANOMALY_NB_") and name != "ANOMALY_NB_SETTINGS": found[names[choose(name, sorted(names), "environment variable")]] = value
     return found
 
-# %% ../nbs/000_core.ipynb #c026
+# %% ../nbs/000_core.ipynb #c028
 def settings(start=None, environ=None):
     "The `Settings` in force: `settings.ini`, overridden by `ANOMALY_NB_<SECTION>_<ENTRY>`. Relative paths are relative to the file. Errors: `SettingsError`, `ParameterError`."
     file = settings_file(start)
@@ -194,7 +194,7 @@ def settings(start=None, environ=None):
         else: values[name] = int(value)
     return Settings(**values)
 
-# %% ../nbs/000_core.ipynb #c030
+# %% ../nbs/000_core.ipynb #c032
 def stable_hash(obj, length=12):
     "Hexadecimal digest of a JSON-able object (numpy arrays, bytes, paths and sets included): the same in every process."
     def plain(o):
@@ -205,20 +205,20 @@ def stable_hash(obj, length=12):
         raise TypeError(f"stable_hash: cannot hash a {type(o).__name__}")
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=plain).encode()).hexdigest()[:length]
 
-# %% ../nbs/000_core.ipynb #c031
+# %% ../nbs/000_core.ipynb #c033
 def rng_of(*keys):
     "A numpy `Generator` that depends on `keys` (numbers, strings) and on nothing else."
     import numpy as np
     return np.random.default_rng(int(stable_hash(keys, 32), 16))
 
-# %% ../nbs/000_core.ipynb #c032
+# %% ../nbs/000_core.ipynb #c034
 def seed_everything(seed):
     "Seeds python, numpy and (when it is imported) torch."
     import numpy as np
     random.seed(seed); np.random.seed(seed % 2**32)
     if "torch" in sys.modules: sys.modules["torch"].manual_seed(seed)
 
-# %% ../nbs/000_core.ipynb #c035
+# %% ../nbs/000_core.ipynb #c039
 @contextlib.contextmanager
 def write_aside(path):
     "Yields a temporary path in the folder of `path`, with its ending; renames it to `path` on success, removes it on an error."
@@ -236,7 +236,7 @@ def write_aside(path):
 
 _UMASK = os.umask(0); os.umask(_UMASK)
 
-# %% ../nbs/000_core.ipynb #c036
+# %% ../nbs/000_core.ipynb #c040
 def write_json(path, obj):
     "Writes `obj` as indented JSON, whole or not at all; NaN is written as null."
     def clean(o):
@@ -247,7 +247,7 @@ def write_json(path, obj):
         return None if isinstance(o, float) and not math.isfinite(o) else o
     with write_aside(path) as aside: aside.write_text(json.dumps(clean(obj), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
-# %% ../nbs/000_core.ipynb #c039
+# %% ../nbs/000_core.ipynb #c043
 def track(iterable, description="", total=None):
     "Iterates with a rich progress bar on a terminal; silently elsewhere (notebooks run by papermill store every refresh)."
     if not sys.stderr.isatty():

@@ -20,11 +20,11 @@ from .transforms import apply_transforms, describe
 
 # %% ../../nbs/data/145_cache.ipynb #c006
 def content_hash(path, cache):
-    "Hash of a file's contents, remembered in the folder `cache` while its size, time of change and inode stay. Errors: `DataError`."
+    "Hash of a file's contents, remembered in the folder `cache` while its size, times and inode stay. Errors: `DataError`."
     path = Path(path)
     if not path.is_file(): raise DataError(path, "the file is missing", "a readable file")
     state = path.stat()
-    now = [state.st_size, state.st_mtime_ns, state.st_ino]
+    now = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
     note = Path(cache)/"hashes"/f"{stable_hash(str(path.resolve()), 24)}.json"
     try:
         known = json.loads(note.read_text())

@@ -134,16 +134,16 @@ def load_record(record, channels=None):
 
 # %% ../../nbs/data/100_records.ipynb #c036
 @functools.lru_cache(maxsize=100_000)
-def _content(path, size, mtime_ns):
-    "Digest of a file's bytes, remembered as long as its size and time stay."
+def _content(path, size, mtime_ns, ctime_ns, inode):
+    "Digest of a file's bytes, remembered as long as its size, times and inode stay."
     return stable_hash(Path(path).read_bytes(), 32)
 
 def file_hash(path):
-    "Hexadecimal digest of a file's contents; read once in a process while size and time of change stay. Errors: `DataError`."
+    "Hexadecimal digest of a file's contents; read once in a process while size, times of change and inode stay. Errors: `DataError`."
     path = Path(path)
     if not path.is_file(): raise DataError(path, "the file is missing", "a readable file")
     state = path.stat()
-    return _content(str(path), state.st_size, state.st_mtime_ns)
+    return _content(str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
 
 # %% ../../nbs/data/100_records.ipynb #c037
 def records_manifest(records, length=16):

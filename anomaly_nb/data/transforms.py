@@ -94,7 +94,7 @@ def regrid(sample, shape, start, background=0.0):
 # %% ../../nbs/data/140_transforms.ipynb #c021
 @dataclass(frozen=True)
 class CropOrPad(Transform):
-    "Cuts or pads about the centre to `shape`. Errors: `DataError` if that cuts off foreground, unless `cut=True`."
+    "Cuts or pads about the centre to `shape`. Errors: `DataError` if that cuts off foreground, unless `cut=True` (a foreground that is all true says nothing and may be cut)."
     shape: tuple[int, ...] = (48, 48, 48)
     background: float = 0.0
     cut: bool = False

@@ -60,7 +60,8 @@ def selected(flat):
 # %% ../../nbs/metrics/500_detection.ipynb #c013
 def _sorted_parts(values):
     "Sorts `values` in place, in as many parts as OMP_NUM_THREADS (or the machine) allows threads, at most 4."
-    threads = min(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count()), 4) if len(values) > 4 * _BLOCK else 1
+    allowed = (os.environ.get("OMP_NUM_THREADS") or "").split(",")[0]                       # "4,2" means 4 on the outer level
+    threads = max(1, min(int(allowed or os.cpu_count()), 4)) if len(values) > 4 * _BLOCK else 1
     parts = tuple(np.array_split(values, threads))
     if threads == 1: values.sort()
     else:
@@ -102,7 +103,7 @@ def rank(label, score, foreground=None, where="metric"):
     "`Ranked` of one array of labels and one of scores. Errors as `rank_cases`."
     return rank_cases([(label, score, foreground)], where)
 
-# %% ../../nbs/metrics/500_detection.ipynb #c020
+# %% ../../nbs/metrics/500_detection.ipynb #c022
 def _points(ranked):
     "Yields (s, TP, FP, FP strictly above) for the positives, lowest first, in blocks: tied positives share their counts."
     start, P = 0, ranked.P
@@ -113,7 +114,7 @@ def _points(ranked):
         start = first[-1]
         yield s, P - first, *ranked.false_alarms(s)
 
-# %% ../../nbs/metrics/500_detection.ipynb #c021
+# %% ../../nbs/metrics/500_detection.ipynb #c023
 @dataclass(frozen=True)
 class Sweep:
     "What one pass over the ranked scores gives; NaN where the number is not defined."
@@ -124,7 +125,7 @@ class Sweep:
     P: int
     N: int
 
-# %% ../../nbs/metrics/500_detection.ipynb #c022
+# %% ../../nbs/metrics/500_detection.ipynb #c024
 def sweep(ranked):
     "AUROC, AP and best Dice (with its threshold) of a `Ranked`, exact, ties included."
     P, N, pairs, precision, best = ranked.P, ranked.N, 0, 0.0, (math.nan, math.nan)
@@ -136,17 +137,17 @@ def sweep(ranked):
         if not dice[k] <= best[0]: best = float(dice[k]), s[k].item()
     return Sweep(pairs / (2 * P * N) if P and N else math.nan, precision / P if P else math.nan, *best, P, N)
 
-# %% ../../nbs/metrics/500_detection.ipynb #c026
+# %% ../../nbs/metrics/500_detection.ipynb #c028
 def auroc(label, score):
     "Area under the ROC curve of flat or shaped arrays: 0.5 is chance, ties half; NaN when a class is missing. Errors: `DataError`."
     return sweep(rank(label, score, where="auroc")).auroc
 
-# %% ../../nbs/metrics/500_detection.ipynb #c027
+# %% ../../nbs/metrics/500_detection.ipynb #c029
 def average_precision(label, score):
     "Average precision, the step sum over distinct thresholds; chance is the share of positives. NaN without positives. Errors: `DataError`."
     return sweep(rank(label, score, where="average_precision")).ap
 
-# %% ../../nbs/metrics/500_detection.ipynb #c031
+# %% ../../nbs/metrics/500_detection.ipynb #c033
 def fpr_at_tpr(label, score, tpr=0.95):
     "Smallest FPR at which the TPR is at least `tpr`, in (0, 1]; lower is better, NaN when a class is missing. Errors: `DataError`, `ParameterError`."
     if not 0 < tpr <= 1: raise ParameterError("tpr", f"is {tpr}", "more than 0, at most 1")
@@ -157,13 +158,13 @@ def fpr_at_tpr(label, score, tpr=0.95):
     while k / P < tpr: k += 1
     return int(ranked.false_alarms(ranked.pos[P - k])[0]) / N
 
-# %% ../../nbs/metrics/500_detection.ipynb #c035
+# %% ../../nbs/metrics/500_detection.ipynb #c037
 def _counts(ranked):
     "Distinct scores from high to low [K], with TP and FP at each (`>=`)."
     thresholds = np.unique(np.concatenate([ranked.pos, *ranked.neg]))[::-1]
     return thresholds, ranked.P - np.searchsorted(ranked.pos, thresholds, "left"), ranked.false_alarms(thresholds)[0]
 
-# %% ../../nbs/metrics/500_detection.ipynb #c036
+# %% ../../nbs/metrics/500_detection.ipynb #c038
 def roc_curve(label, score):
     "`(fpr, tpr, thresholds)`, one point a distinct score from high to low, beginning at (0, 0) with threshold infinity. Errors: `DataError`."
     ranked = rank(label, score, where="roc_curve")
@@ -171,7 +172,7 @@ def roc_curve(label, score):
     TP, FP = np.r_[0, TP], np.r_[0, FP]
     return FP / ranked.N if ranked.N else np.full(len(FP), np.nan), TP / ranked.P if ranked.P else np.full(len(TP), np.nan), np.r_[np.inf, t]
 
-# %% ../../nbs/metrics/500_detection.ipynb #c037
+# %% ../../nbs/metrics/500_detection.ipynb #c039
 def pr_curve(label, score):
     "`(recall, precision, thresholds)`, one point a distinct score from high to low. Errors: `DataError`."
     ranked = rank(label, score, where="pr_curve")

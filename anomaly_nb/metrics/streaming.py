@@ -116,7 +116,7 @@ def histogram16(label, score, foreground=None):
     bits = Bits16(np.asarray(score).dtype.name)
     raw = np.ascontiguousarray(score).reshape(-1).view(np.uint16)
     (label, _, counts), = flat_cases([(label, raw.reshape(np.shape(score)), foreground)], "histogram16")
-    pos, both, block = np.zeros(LEVELS, np.int64), np.zeros(LEVELS, np.int64), 1 << 18
+    pos, both, block = np.zeros(LEVELS, np.int64), np.zeros(LEVELS, np.int64), 1 << 20
     for i in range(0, len(raw), block):
         r, l = raw[i:i + block], label[i:i + block]
         if counts is not None: r, l = r[c := counts[i:i + block]], l[c]

@@ -84,7 +84,7 @@ def blobs(rng, shape, step, size):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=float, default=5e6, help="number of scores of the exact and the streaming rows")
+    parser.add_argument("--n", type=float, default=1e7, help="number of scores of the exact and the streaming rows")
     parser.add_argument("--full", action="store_true", help="1e8 scores, as the aims are stated")
     args = parser.parse_args()
     n = int(1e8 if args.full else args.n)

@@ -234,7 +234,7 @@ def write_aside(path):
     finally:
         aside.unlink(missing_ok=True)
 
-_UMASK = os.umask(0); os.umask(_UMASK)
+_UMASK = os.umask(0); os.umask(_UMASK);
 
 # %% ../nbs/000_core.ipynb #c040
 def write_json(path, obj):

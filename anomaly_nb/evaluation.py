@@ -36,9 +36,11 @@ class Case:
     maps: dict = field(default_factory=dict)
 
     def map(self, kind):
-        "The anomaly map `[D,H,W]` float32. A counted voxel without a score is a `DataError`."
+        "The anomaly map `[D,H,W]` float32. Errors: `DataError` for a kind that is not there, or a counted voxel without a score."
+        if kind not in self.maps: raise DataError(f"case {self.id!r}", f"has no map of kind {kind!r}", f"one of: {', '.join(self.maps) or '(it has no maps)'}")
         values = np.load(self.maps[kind], mmap_mode="r", allow_pickle=False)[0]
-        if np.isnan(values[self.counted]).any(): raise DataError(f"map of {self.id}", "has organ voxels without a score", "a score for every voxel of the organ")
+        holes = int(np.isnan(values[self.counted]).sum())
+        if holes: raise DataError(self.maps[kind], f"has {holes} organ voxels without a score (case {self.id!r})", "a score for every voxel of the organ")
         return values
 
 # %% ../nbs/715_evaluation.ipynb #c006
@@ -179,8 +181,8 @@ def telling_cases(subjects):
     return [(why, s["id"]) for why, s in picks + ([("most false alarms", normal[-1])] if normal else [])]
 
 def telling_slice(case, kind):
-    "Index of the axial slice to show: through most of the lesion, or through the highest scores where there is none."
-    weight = case.mask if case.mask.any() else np.where(case.counted, case.map(kind), 0) >= np.quantile(case.map(kind)[case.counted], 0.995)
+    "Index of the axial slice to show: through most of the lesion, or through most of the highest scores in the organ where there is none."
+    weight = case.mask if case.mask.any() else case.counted & (case.map(kind) >= np.quantile(case.map(kind)[case.counted], 0.995))
     return int(np.argmax(weight.sum((1, 2))))
 
 def panel_row(case, kind, why, dice=None):

@@ -151,6 +151,7 @@ def _protocol_html(results):
 def write_report(folders, file, failed=(), n_boot=1000):
     "Writes the page over run folders to `file`; `failed` is a list of (name, message). Returns the ranking table of all groups. Errors: `InputError`."
     results = [read_result(folder) for folder in folders]
+    if not results: raise InputError(file, "would be a report of no runs", "at least one folder made by anomaly-nb run")
     groups, parts, tables = sorted({r.group for r in results}), [], []
     for group in groups:
         members = [r for r in results if r.group == group]

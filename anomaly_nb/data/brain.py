@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'POOLS', 'Size', 'Subject', 'visible_families', 'plan', 'cohort_folder', 'Variant', 'load_anatomy',
            'template_locations', 'misregistration_field', 'to_template_space', 'Job', 'make_subject', 'run_jobs',
-           'build', 'brain_records']
+           'build', 'record_of', 'brain_records']
 
 # %% ../../nbs/data/130_brain.ipynb #c003
 import ast
@@ -250,7 +250,7 @@ def build(jobs, processes=0):
     except OSError as error: raise DataError(folder, f"cannot be written ({error.strerror or error})", "a folder with room and the right to write (settings.ini: [paths] cohorts)") from None
 
 # %% ../../nbs/data/130_brain.ipynb #c028
-def _record(job, size, mask_known):
+def record_of(job, size, mask_known=True):
     "The `Record` of one subject or twin."
     s, person = job.subject, draw_person(rng_of("brain anatomy", (job.seed, job.subject.name), job.subject.site), job.subject.site)
     scans = [draw_scan(rng_of("brain scan", job.seed, s.name, c), c, s.site) for c in job.contrasts]
@@ -285,7 +285,7 @@ def brain_records(size="tiny", contrast="FLAIR", pools=("train", "val", "test"),
         who = [s for s in plan(size, pool, names, held_out, train_site) if site in (None, s.site) or pool in ("train", "val")]
         jobs[pool] = [Job(folder, s, contrasts, variant, spacing, seed, t) for s in who for t in ((False, True) if twins and s.family != "healthy" else (False,))]
     build([j for js in jobs.values() for j in js], processes)
-    records = {pool: [_record(j, size, FAMILIES[j.subject.family].mask_known if j.ill else True) for j in js] for pool, js in jobs.items()}
+    records = {pool: [record_of(j, size, FAMILIES[j.subject.family].mask_known if j.ill else True) for j in js] for pool, js in jobs.items()}
     _write_lists(Path(folder), variant, records)
     return records
 

@@ -137,7 +137,7 @@ class SliceSet(Pieces):
 
     def _name(self, origin): return f"{'zyx'[self.axis]}{origin[self.axis]:03d}"
 
-# %% ../../nbs/data/150_sets.ipynb #c023
+# %% ../../nbs/data/150_sets.ipynb #c025
 def box_sums(mask, origins, size):
     "Number of true voxels of mask [*spatial] in each box: int [n], for origins [n, dim]."
     table = np.pad(mask.astype(np.int64), [(1, 0)]*mask.ndim)
@@ -147,7 +147,7 @@ def box_sums(mask, origins, size):
         total = total + (-1)**(mask.ndim - sum(corner)) * table[tuple((origins + np.array(corner)*size).T)]
     return total
 
-# %% ../../nbs/data/150_sets.ipynb #c024
+# %% ../../nbs/data/150_sets.ipynb #c026
 class PatchSet(Pieces):
     "Patches [C,*size] every `stride` voxels that cover each volume; a size of 1 along an axis gives patches without it (2D). `min_foreground`: share that must be foreground. Errors: `DataError`."
     def __init__(self, volumes, size, stride=None, min_foreground=0.0, label_area=5):
@@ -166,7 +166,7 @@ class PatchSet(Pieces):
 
     def _name(self, origin): return "p" + "-".join(f"{o:03d}" for o in origin)
 
-# %% ../../nbs/data/150_sets.ipynb #c028
+# %% ../../nbs/data/150_sets.ipynb #c030
 def assemble_volumes(pieces, key="anomaly_map"):
     "Samples (pieces of volumes, in any order) -> {volume id: array [C,*volume_shape] float32}, NaN where no piece was. Errors: `DataError` for a piece without a place."
     whole = {}

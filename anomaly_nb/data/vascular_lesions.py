@@ -86,7 +86,7 @@ def ischaemia(scene, rng, size=1.0):
     values = vary({"CT": (0.25, 0.95)}, rng, 0.02)
     return canvas.finish("ischaemia", values, to_fine(scene, shift), territory=territory, side="left" if side > 0 else "right", count=1)
 
-# %% ../../nbs/data/126_vascular_lesions.ipynb #c018
+# %% ../../nbs/data/126_vascular_lesions.ipynb #c019
 BLEEDS = {"putamen": (27, 0, 3), "thalamus": (13, -18, 8), "lobe": None, "cerebellum": (20, -62, -34)}
 
 def lump(scene, rng, centre, ml):
@@ -103,7 +103,7 @@ def lump(scene, rng, centre, ml):
     phi = phi + 0.16 * radius * smooth_noise(phi.shape, 0.9 * radius + 2, h, rng) + 0.08 * radius * smooth_noise(phi.shape, 0.4 * radius + 2, h, rng)
     return box, phi - cut(phi, ml, h, scene.brain[box])
 
-# %% ../../nbs/data/126_vascular_lesions.ipynb #c019
+# %% ../../nbs/data/126_vascular_lesions.ipynb #c020
 def blood_level(scene, rng, canvas, side):
     "Paints blood that has sunk to the back of the lateral ventricles: CSF behind a plane, more on `side`."
     box = whole(scene)
@@ -114,7 +114,7 @@ def blood_level(scene, rng, canvas, side):
     level = np.quantile(deep, rng.uniform(0.6, 0.85)) + np.where(s > 0, 0, rng.uniform(2, 9))
     canvas.paint("core", box, soft(level - back, scene.spacing) * np.clip(1.5 * inside, 0, 1), 0.9)
 
-# %% ../../nbs/data/126_vascular_lesions.ipynb #c020
+# %% ../../nbs/data/126_vascular_lesions.ipynb #c021
 def haemorrhage(scene, rng, size=1.0):
     "Intracerebral haemorrhage: clot of two ages, oedema rim, mass effect; a blood level in the ventricles of some."
     kind, side = list(BLEEDS)[rng.choice(4, p=(0.4, 0.18, 0.3, 0.12))], rng.choice((-1, 1))
@@ -135,7 +135,7 @@ def haemorrhage(scene, rng, size=1.0):
     values = vary({"T1": (0.52, 0.95, 0.5), "T2": (0.88, 0.25, 0.15), "FLAIR": (0.9, 0.4, 0.25), "CT": (0.24, 0.9, 1.0)}, rng, 0.03)
     return canvas.finish("haemorrhage", values, to_fine(scene, shift), core_ml=ml, place=kind, side="left" if side > 0 else "right", count=1)
 
-# %% ../../nbs/data/126_vascular_lesions.ipynb #c024
+# %% ../../nbs/data/126_vascular_lesions.ipynb #c025
 def microbleeds(scene, rng, size=1.0):
     "A few dark dots, lobar or deep; dark on T2, less on FLAIR."
     right, front, up = scene.mni
@@ -151,7 +151,7 @@ def microbleeds(scene, rng, size=1.0):
         canvas.paint("iron", box, member, rng.uniform(0.7, 1))
     return canvas.finish("microbleeds", vary({"T2": (0.06,), "FLAIR": (0.18,)}, rng, 0.03), count=int(count), side="both")
 
-# %% ../../nbs/data/126_vascular_lesions.ipynb #c026
+# %% ../../nbs/data/126_vascular_lesions.ipynb #c027
 def cavernoma(scene, rng, size=1.0):
     "Popcorn of bright, grey and dark lobules with dark septa and a dark rim."
     ml, h = draw_volume(rng, 1.0, 0.7, 0.2, 5) * size**3, scene.spacing
@@ -177,7 +177,7 @@ def cavernoma(scene, rng, size=1.0):
     values = vary({"T1": (0.2, 0.98, 0.6), "T2": (0.03, 0.98, 0.4), "FLAIR": (0.05, 0.95, 0.42), "CT": (0.55, 0.7, 0.85)}, rng, 0.03)
     return canvas.finish("cavernoma", values, count=1, lobules=len(near), side="left" if value_at(scene, scene.mni[0], centre) < 0 else "right")
 
-# %% ../../nbs/data/126_vascular_lesions.ipynb #c028
+# %% ../../nbs/data/126_vascular_lesions.ipynb #c029
 CIRCLE_OF_WILLIS = ((0, 6, -14), (14, 2, -17), (-14, 2, -17), (34, 0, -14), (-34, 0, -14), (12, -8, -18), (-12, -8, -18), (0, -16, -18))
 
 def cistern(scene, rng):
@@ -193,7 +193,7 @@ def cistern(scene, rng):
     index = np.unravel_index(np.searchsorted(np.cumsum((score**2).ravel()), rng.random() * (score**2).sum()), score.shape)
     return np.array([(s.start + i) * scene.spacing for s, i in zip(box, index)])
 
-# %% ../../nbs/data/126_vascular_lesions.ipynb #c029
+# %% ../../nbs/data/126_vascular_lesions.ipynb #c030
 def aneurysm(scene, rng, size=1.0):
     "Saccular aneurysm: dome, daughter bleb and neck, in the CSF near the circle of Willis. Bright on (contrast) CT, a flow void on T2."
     h, radius, foot = scene.spacing, draw_volume(rng, 3.2, 0.35, 1.8, 6) * size, cistern(scene, rng)

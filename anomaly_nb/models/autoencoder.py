@@ -76,8 +76,8 @@ class ConvAutoencoder(nn.Module):
 
 # %% ../../nbs/models/330_autoencoder.ipynb #c017
 class AutoencoderModel(AnomalyModel):
-    "Reconstruction residual of a `ConvAutoencoder`. Kinds: `l1`, `l2`. `criterion` (`l1` or `l2`) is the training loss, per foreground voxel."
-    kinds = ("l1", "l2")
+    "Reconstruction residual of a `ConvAutoencoder`. Kind: `residual`, the mean over channels of |x - x_hat|. `criterion` (`l1` or `l2`) is the training loss, per foreground voxel."
+    kinds = ("residual",)
 
     def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=64, dense=True, criterion="l2", lr=2e-3, weight_decay=0.0, epochs=30):
         super().__init__(channels, spatial_dims, shape, lr, epochs)
@@ -94,12 +94,12 @@ class AutoencoderModel(AnomalyModel):
         return error.sum() / (batch["foreground"].sum() * error.shape[1]).clamp_min(1)
 
     def score(self, batch, kind=None):
-        difference = (batch["image"] - self.reconstruct(batch)).abs().float()
-        return scored((difference if self.kind_of(kind) == "l1" else difference**2).mean(1, keepdim=True), batch["foreground"])
+        self.kind_of(kind)
+        return scored((batch["image"] - self.reconstruct(batch)).abs().float().mean(1, keepdim=True), batch["foreground"])
 
     def embed(self, batch): return {"embedding": self.net.encode(batch["image"] * batch["foreground"])} | self._grid(batch)
 
     def _grid(self, batch):
-        "Where the cells of a spatial code lie, in voxels."
-        step = self.net.encoder.multiple
-        return {} if self.hparams.dense else {"grid_origin": [(step - 1) // 2] * self.hparams.spatial_dims, "grid_stride": [step] * self.hparams.spatial_dims}
+        "Where the cells of a spatial code look, in voxels: strided 3-convolutions with padding 1 are centred on voxels 0, step, 2 step..."
+        dims, step = self.hparams.spatial_dims, self.net.encoder.multiple
+        return {} if self.hparams.dense else {"grid_origin": [0] * dims, "grid_stride": [step] * dims}

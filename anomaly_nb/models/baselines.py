@@ -27,7 +27,7 @@ class RandomMap(AnomalyModel):
 
 # %% ../../nbs/models/320_baselines.ipynb #c013
 def ranks(values, reference):
-    "Position of each of `values` in the sorted `reference`: 0 at its minimum, 1 at its maximum, ties in the middle, going on linearly beyond (one range = 1)."
+    "Share of the sorted `reference` below each of `values`, equal ones counted half; beyond its ends it goes on linearly (one range = 1)."
     low, high = torch.searchsorted(reference, values, right=False), torch.searchsorted(reference, values, right=True)
     inside = (low + high).float() / (2 * len(reference))
     span = (reference[-1] - reference[0]).clamp_min(1e-6)

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities import move_data_to_device
 
 from ..core import InputError, ParameterError, seed_everything, settings, stable_hash, write_aside, write_json
-from .model import Part, read_checkpoint, save_model, set_state, without_truth
+from .model import Part, on_device, read_checkpoint, save_model, set_state, without_truth
 from .predict import predict, trainer_of
 
 # %% ../../nbs/models/310_fit.ipynb #c009
@@ -154,7 +153,7 @@ def _check_fit(model, data):
 # %% ../../nbs/models/310_fit.ipynb #c019
 def batches_on(loader, device):
     "Batches of `loader` without the truth, their tensors on `device`."
-    for batch in loader: yield move_data_to_device(without_truth(batch), device)
+    for batch in loader: yield on_device(without_truth(batch), device)
 
 # %% ../../nbs/models/310_fit.ipynb #c020
 def fit(model, data, folder=None, *, accelerator=None, precision=None, max_seconds=None, on_epoch=None, seed=None, checkpoint_seconds=10.0):

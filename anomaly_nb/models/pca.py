@@ -22,8 +22,8 @@ def components_for(ratios, explained):
 class PCAResidual(AnomalyModel):
     """Residual of the principal components of normal images (slices or volumes, all of one `shape`).
 
-    `explained`: share of the variance that decides how many components are kept, at most `max_components`; at most `max_images` training images, drawn at random, are used. Kinds: `l1`, `l2`."""
-    kinds = ("l1", "l2")
+    `explained`: share of the variance that decides how many components are kept, at most `max_components`; at most `max_images` training images, drawn at random, are used. Kind: `residual`, the mean over channels of |x - x_hat|."""
+    kinds = ("residual",)
 
     def __init__(self, channels=1, spatial_dims=2, shape=None, explained=0.8, max_components=64, max_images=3000, seed=0):
         super().__init__(channels, spatial_dims, shape)
@@ -47,7 +47,7 @@ class PCAResidual(AnomalyModel):
         k = components_for(pca.explained_variance_ratio_, self.hparams.explained)
         device = batch["image"].device
         self.mean_, self.components_, self.ratios_ = (torch.as_tensor(np.ascontiguousarray(v), dtype=torch.float32, device=device)
-                                                      for v in (pca.mean_, pca.components_[:k], pca.explained_variance_ratio_))
+                                                      for v in (pca.mean_, pca.components_[:k], pca.explained_variance_ratio_))   # [d], [k,d], all ratios
 
 # %% ../../nbs/models/325_pca.ipynb #c012
 from fastcore.basics import patch
@@ -62,12 +62,13 @@ def reconstruct(self:PCAResidual, batch):
 
 @patch
 def score(self:PCAResidual, batch, kind=None):
-    "Absolute or squared residual, mean over channels."
+    "Absolute residual, mean over channels."
+    self.kind_of(kind)
     with torch.autocast(batch["image"].device.type, enabled=False):
         residual = (batch["image"].float() - self.reconstruct(batch)).abs()
-    return scored((residual if self.kind_of(kind) == "l1" else residual**2).mean(1, keepdim=True), batch["foreground"])
+    return scored(residual.mean(1, keepdim=True), batch["foreground"])
 
 @patch
 def embed(self:PCAResidual, batch):
-    "Coordinates in the space of the components, in standard deviations of the image: [B,k]."
+    "Coordinates in the space of the components, not standardised: [B,k]."
     return {"embedding": (self.vectors(batch) - self.mean_) @ self.components_.T}

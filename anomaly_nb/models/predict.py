@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
 from ..arrays import Assembler
 from ..core import DataError, settings, stable_hash, write_aside, write_json
-from .model import without_truth
+from .model import Part, without_truth
 
 # %% ../../nbs/models/305_predict.ipynb #c006
 for _name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"): logging.getLogger(_name).setLevel(logging.ERROR)
@@ -92,7 +92,7 @@ class _Embeddings:
         write_json(self.folder/"embeddings.json", dict(self.grid, index=self.index))
 
 # %% ../../nbs/models/305_predict.ipynb #c013
-class _Predictor(pl.LightningModule):
+class _Predictor(Part):
     "Scores a batch in every kind asked for; the model sees no truth. Wraps the model, which stays as it was."
     def __init__(self, model, kinds, embed):
         super().__init__()

@@ -101,9 +101,9 @@ def main():
     label = rng.random(n, dtype=np.float32) < 0.01
     score = rng.standard_normal(n, dtype=np.float32); score[label] += 1.5
     ours(label[:1000], score[:1000]); scikit_learn(label[:1000], score[:1000])
-    a, t, extra = measured(lambda: ours(label, score), 1 if args.full else 3)
+    a, t, extra = measured(lambda: ours(label, score), 2 if args.full else 3)
     half = score.astype(np.float16)
-    c, t16, extra16 = measured(lambda: streamed(label, half), 3)
+    c, t16, extra16 = measured(lambda: streamed(label, half), 5)
     b, t_sk, extra_sk = measured(lambda: scikit_learn(label, score))
     error = max(abs(x - y) for x, y in zip(a, b))
     detail = f"{t:.2f} s, +{extra / 2**20:.0f} MiB; scikit-learn {t_sk:.1f} s, +{extra_sk / 2**20:.0f} MiB"
@@ -127,7 +127,7 @@ def main():
         h.scale = coded.scale; h.merge(coded)
     W = uncertainty.subject_weights(subjects, 1000)
     pos, neg = streaming.totals(h)
-    found, t_boot, extra = measured(lambda: uncertainty.bootstrap_histograms(h, W), 2)
+    found, t_boot, extra = measured(lambda: uncertainty.bootstrap_histograms(h, W), 3)
     once, t_one, _ = measured(lambda: streaming.sweep_of(h))
     check = uncertainty.bootstrap_histograms(h, np.ones((1, subjects), int))
     error = max(abs(check["ap"][0] - once.ap), abs(check["auroc"][0] - once.auroc), abs(check["best_dice"][0] - once.best_dice))

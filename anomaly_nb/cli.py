@@ -153,16 +153,16 @@ def doctor(args):
     "Prints versions, device, settings and folders; exit status 1 when something is missing."
     from anomaly_nb.experiment import device_class, versions
     now, missing = settings(), []
-    print(f"settings      {settings_file() or 'none found: built-in values'}")
+    print(f"{'settings':<18}{settings_file() or 'none found: built-in values'}")
     for name, version in versions().items():
         print(f"{name:<18}{version or 'MISSING'}")
         if version is None: missing.append(name)
-    print(f"device        {device_class(now.accelerator)}, precision {now.precision}, {now.threads} thread(s) a run, {os.cpu_count()} cores")
+    print(f"{'device':<18}{device_class(now.accelerator)}, precision {now.precision}, {now.threads} thread(s) a run, {os.cpu_count()} cores")
     for what in ("cohorts", "cache", "runs"):
         folder = getattr(now, what)
         there = next(p for p in (folder, *folder.parents) if p.exists())
         good = os.access(there, os.W_OK)
-        print(f"{what:<14}{folder} ({'writable' if good else 'NOT writable'})")
+        print(f"{what:<18}{folder} ({'writable' if good else 'NOT writable'})")
         if not good: missing.append(str(folder))
     print("ready" if not missing else f"not ready: {', '.join(missing)}")
     return int(bool(missing))

@@ -10,6 +10,7 @@ __all__ = ['experiments_folder', 'experiment_path', 'code_cells', 'Parameter', '
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -144,7 +145,7 @@ def _execute(job_file):
     try:
         papermill.execute_notebook(job["notebook"], job["output"], parameters=job["parameters"], kernel_name="python3", cwd=job["folder"], progress_bar=False, log_output=False)
     except papermill.PapermillExecutionError as error:
-        Path(job["folder"], "traceback.txt").write_text(f"cell {error.exec_count}\n{error.ename}: {error.evalue}\n\n" + "\n".join(error.traceback), encoding="utf-8")
+        Path(job["folder"], "traceback.txt").write_text(f"cell {error.exec_count}\n{error.ename}: {error.evalue}\n\n" + re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), encoding="utf-8")
         sys.exit(3)
 
 # %% ../nbs/730_runner.ipynb #c021

@@ -256,6 +256,19 @@ def test_ragged_instances_come_padded():
     assert present.dtype == torch.bool and len(set(present.sum(1).tolist())) > 1 and tuple(batch["instances"]["centres"].shape) == (*present.shape, 2)
 
 
+def test_meta_is_handed_through_and_not_walked():
+    class Wall(dict):
+        def items(self): raise AssertionError("somebody walked through meta")
+    pools = {"train": Blocks("train", 8), "val": Blocks("val", 8), "test": Blocks("test", 8, ill=4)}
+    for sample in (*pools["train"].items, *pools["val"].items): sample["meta"] = Wall(sample["meta"])
+    data = AnomalyDataModule(**pools, batch_size=4)
+    fit(Auto(1, 2, (12, 12), epochs=1), data)                                  # Lightning's own transfer walks through every number of it
+    batch = next(iter(data.loader("train"))) | {"ragged": [torch.zeros(2), torch.zeros(3)], "instances": {"centres": torch.zeros(2, 4, 2)}}
+    moved = Auto().transfer_batch_to_device(batch, torch.device("meta"))       # a device without numbers
+    assert all(t.device.type == "meta" for t in (moved["image"], moved["foreground"], *moved["ragged"], moved["instances"]["centres"]))
+    assert moved["meta"] is batch["meta"] and moved["id"] is batch["id"] and batch["image"].device.type == "cpu"
+
+
 def test_a_model_that_reads_the_mask_stops(tmp_path):
     class Cheat(NoGradients):
         def score(self, batch, kind=None): return scored(batch["mask"].float(), batch["foreground"])

@@ -62,7 +62,8 @@ def displace(tissues, displacement, dial=1.0):
     box = bounding_box(moving)
     at = [np.arange(s.start, s.stop, dtype=np.float32).reshape([-1 if k == axis else 1 for k in range(3)]) + np.float32(dial) * displacement[(axis, *box)]
           for axis, s in enumerate(box)]
-    moved = np.stack([ndimage.map_coordinates(t, at, order=1, mode="nearest") for t in out])
+    moved = np.stack([ndimage.map_coordinates(t, at, order=3, mode="nearest").clip(0, 1) for t in out])
+    moved = np.where(np.any(np.float32(dial) * displacement[(slice(None), *box)], 0), moved, out[(slice(None), *box)])   # a spline is exact on paper only
     brain, arrived = out[(slice(None), *box)].sum(0), moved.sum(0)
     moved *= np.minimum(1, brain / np.maximum(arrived, 1e-6))       # nothing outside the outline
     moved[0] += brain - np.minimum(arrived, brain)                  # what the tissue left is CSF

@@ -48,7 +48,7 @@ class Ranked:
         return at_least, kept - sum(np.searchsorted(part, threshold, "right") for part in self.neg)
 
 # %% ../../nbs/metrics/500_detection.ipynb #c012
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 def selected(flat):
     "Yields (scores of positives, scores of negatives) of what counts, block by block of the `flat_cases`."
@@ -83,9 +83,10 @@ def flat_cases(cases, where="metric"):
 
 # %% ../../nbs/metrics/500_detection.ipynb #c015
 def check_finite(values, where):
-    "`DataError` for NaN or infinity (minimum and maximum show both)."
+    "True, or a `DataError` for NaN or infinity (minimum and maximum show both)."
     if len(values) and not (np.isfinite(values.min()) and np.isfinite(values.max())):
         raise DataError(where, "scores contain NaN or infinity", "finite scores wherever they count")
+    return True
 
 # %% ../../nbs/metrics/500_detection.ipynb #c017
 def buckets(score, low, high, M):
@@ -94,8 +95,11 @@ def buckets(score, low, high, M):
     width = float(high) / 2 - float(low) / 2                  # halves, so that the largest floats do not overflow
     largest = float(np.finfo(kind).max)
     scale = kind(min(M / width, largest) if width > 0 else largest)
-    with np.errstate(over="ignore"): place = (score * kind(0.5) - kind(low) * kind(0.5)) * scale
-    return np.clip(place + kind(1), 0, M + 2).astype(np.intp)
+    place = score * kind(0.5)
+    place -= kind(low) * kind(0.5)
+    with np.errstate(over="ignore"): place *= scale
+    place += kind(1)
+    return np.clip(place, 0, M + 2).astype(np.intp)
 
 # %% ../../nbs/metrics/500_detection.ipynb #c020
 @dataclass(frozen=True)
@@ -116,14 +120,12 @@ def thin(flat, pos, limit=1.0, where="metric"):
     "`Thinned` of `flat_cases` with positives `pos` (ascending, not empty), exact where the FPR is at most `limit`, and above it elsewhere. Errors: `DataError`."
     M = 1 << min(max((8 * len(pos)).bit_length(), 10), 23)
     into = lambda values: buckets(values.astype(pos.dtype, copy=False), pos[0], pos[-1], M)
+    walk = lambda: ((b, into(b)) for _, b in selected(flat) if check_finite(b, where))
     count = np.zeros(M + 3, np.int64)
-    for _, b in selected(flat):
-        check_finite(b, where)
-        np.add.at(count, into(b), 1)
-    higher, mine = count.sum() - np.cumsum(count), into(pos)
-    mixed = np.zeros(M + 3, bool)
-    mixed[mine[higher[mine] <= limit * count.sum()]] = True
-    near = np.concatenate([np.empty(0, pos.dtype), *(b[mixed[into(b)]] for _, b in selected(flat))])
+    for b, k in walk(): np.add.at(count, k, 1)
+    mixed, mine, N = np.zeros(M + 3, bool), into(pos), count.sum()
+    mixed[mine[(N - np.cumsum(count))[mine] <= limit * N]] = True        # negatives in higher buckets: more than that is beyond the limit
+    near = np.concatenate([np.empty(0, pos.dtype), *(b[mixed[k]] for b, k in walk())])
     count[mixed] = 0
     return Thinned(pos, _sorted_parts(near), np.cumsum(count[::-1])[::-1])
 

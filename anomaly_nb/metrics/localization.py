@@ -110,7 +110,7 @@ def dice_at(mask, anomaly_map, threshold, foreground=None, *, reduce="pooled"):
     if not pixels: raise DataError("dice_at", "nothing to count (no scores, or an empty foreground)", "at least one score")
     return float(np.mean(dice)) if dice else math.nan
 
-# %% ../../nbs/metrics/510_localization.ipynb #c033
+# %% ../../nbs/metrics/510_localization.ipynb #c035
 IMAGE_SCORES = {"mean": "mean of the map in the foreground", "top1": "mean of the highest 1 % in the foreground", "max": "maximum in the foreground"}
 
 def image_score(anomaly_map, foreground=None, how="mean"):
@@ -124,7 +124,7 @@ def image_score(anomaly_map, foreground=None, how="mean"):
     k = len(s) if how == "mean" else math.ceil(len(s) / 100)
     return float(np.partition(s, len(s) - k)[len(s) - k:].mean(dtype=np.float64))
 
-# %% ../../nbs/metrics/510_localization.ipynb #c037
+# %% ../../nbs/metrics/510_localization.ipynb #c039
 PIXELS = {"foreground": "the foreground of all cases", "all": "all pixels of all cases", "anomalous": "the foreground of cases with a lesion"}
 THRESHOLDS = {"normal": "from normal validation data", "oracle": "an oracle that has seen the test masks"}
 

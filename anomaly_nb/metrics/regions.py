@@ -88,7 +88,7 @@ def pro_curve(mask, anomaly_map, foreground=None, points=1000):
     fpr, pro = (len(neg) - np.searchsorted(neg, t, "left")) / len(neg), hit[len(s) - np.searchsorted(s, t, "left")]
     return np.r_[0, fpr], np.r_[0, pro], np.r_[np.inf, t]
 
-# %% ../../nbs/metrics/520_regions.ipynb #c034
+# %% ../../nbs/metrics/520_regions.ipynb #c035
 @dataclass(frozen=True)
 class RegionCounts:
     "Lesions and marks at one threshold, summed over cases."
@@ -103,7 +103,7 @@ class RegionCounts:
     @property
     def false_marks_per_case(self): return self.false_marks / self.cases
 
-# %% ../../nbs/metrics/520_regions.ipynb #c035
+# %% ../../nbs/metrics/520_regions.ipynb #c036
 def region_counts(mask, anomaly_map, threshold, foreground=None, overlap=0.0, min_size=1):
     """`RegionCounts` of `map >= threshold` in the foreground. A lesion is found when more than the share `overlap` of its pixels is marked;
     marks of fewer than `min_size` pixels are dropped. Errors: `DataError`, `ParameterError`."""

@@ -66,7 +66,7 @@ def fit_scale(normal_scores):
     between = [inner[:-1] + np.diff(inner) * (j / (spare + 1)) for j in range(1, spare + 1)]
     return ScoreScale(np.unique(np.concatenate([edges, *between]).astype(np.float32)))
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c015
+# %% ../../nbs/metrics/530_streaming.ipynb #c016
 def check_scale(label, score, scale, foreground=None, limit=1e-3, show=print):
     "The change in AP from float32 to 16 bits, printed; a `DataError` when it is more than `limit`. `scale`: anything with `code`."
     (l, s, c), = flat_cases([(label, score, foreground)], "check_scale")
@@ -78,7 +78,7 @@ def check_scale(label, score, scale, foreground=None, limit=1e-3, show=print):
         raise DataError("check_scale", f"16 bits change the AP by {change:+.1e}", f"at most {limit:g}: fit the scale on scores of this model; score logits, not probabilities")
     return change
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c019
+# %% ../../nbs/metrics/530_streaming.ipynb #c020
 @dataclass(frozen=True)
 class Bits16:
     "The order-preserving map of 16-bit scores ('float16', 'int16' or 'uint16') to 65 536 levels."
@@ -110,7 +110,7 @@ class Bits16:
         raw = np.flatnonzero(self.table() == level)[:1].astype(np.uint16)
         return float(raw.view(self.dtype)[0]) if len(raw) else math.nan
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c023
+# %% ../../nbs/metrics/530_streaming.ipynb #c024
 def histogram16(label, score, foreground=None):
     "Counts of positives and of negatives at each level, int64 [65536] each, of 16-bit scores. Errors: `DataError` for NaN, infinity or another dtype."
     bits = Bits16(np.asarray(score).dtype.name)
@@ -127,7 +127,7 @@ def histogram16(label, score, foreground=None):
     ordered = [np.bincount(level[level >= 0], h[level >= 0], LEVELS).astype(np.int64) for h in (pos, both)]
     return ordered[0], ordered[1] - ordered[0]
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c025
+# %% ../../nbs/metrics/530_streaming.ipynb #c026
 def sweep_histogram(pos, neg):
     "`Sweep` from counts [levels] of positives and negatives, lowest level first; `threshold` is a level. Exact for 16-bit scores."
     pos, neg = np.asarray(pos, np.float64), np.asarray(neg, np.float64)
@@ -140,7 +140,7 @@ def sweep_histogram(pos, neg):
     won = float((pos * (N - FP + neg / 2)).sum() / (P * N)) if N else math.nan
     return Sweep(won, float((pos * TP / (TP + FP)).sum() / P), float(dice.max()), int(np.flatnonzero(used)[dice.argmax()]), int(P), int(N))
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c029
+# %% ../../nbs/metrics/530_streaming.ipynb #c030
 def _sparse(levels, more=None):
     "Sorted distinct levels with their counts, of raw levels, or of two sparse pairs added."
     if more is None: found, counts = np.unique(levels, return_counts=True)
@@ -149,7 +149,7 @@ def _sparse(levels, more=None):
         counts = np.bincount(back, np.concatenate([levels[1], more[1]]), len(found))
     return found.astype(np.uint16), counts.astype(np.int64)
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c030
+# %% ../../nbs/metrics/530_streaming.ipynb #c031
 class ScoreHistograms:
     "Counts of 16-bit levels per subject (negatives) and per region (positives): constant memory, mergeable. `scale`: `ScoreScale` or `Bits16`."
     def __init__(self, scale):
@@ -180,13 +180,13 @@ class ScoreHistograms:
         for subject in other.subjects: self._put(subject, other.neg[subject], other.regions[subject])
         return self
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c031
+# %% ../../nbs/metrics/530_streaming.ipynb #c032
 def same_scale(a, b):
     "Whether two scales map every score alike."
     if type(a).__name__ != type(b).__name__: return False
     return a.dtype == b.dtype if hasattr(a, "dtype") else np.array_equal(a.edges, b.edges)
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c032
+# %% ../../nbs/metrics/530_streaming.ipynb #c033
 def totals(histograms, subjects=None):
     "Counts of positives and of negatives at each level, int64 [65536] each, summed over `subjects` (default: all)."
     pos, neg = np.zeros(LEVELS, np.int64), np.zeros(LEVELS, np.int64)
@@ -195,7 +195,7 @@ def totals(histograms, subjects=None):
             for level, count in pairs: total[level] += count
     return pos, neg
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c033
+# %% ../../nbs/metrics/530_streaming.ipynb #c034
 def sweep_of(histograms, subjects=None):
     "`Sweep` of the pooled voxels of `subjects` (default: all), the threshold in units of the score. Errors: `DataError` when empty."
     pos, neg = totals(histograms, subjects)
@@ -204,7 +204,7 @@ def sweep_of(histograms, subjects=None):
     value = math.nan if math.isnan(found.threshold) else histograms.scale.value(found.threshold)
     return Sweep(found.auroc, found.ap, found.best_dice, value, found.P, found.N)
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c035
+# %% ../../nbs/metrics/530_streaming.ipynb #c036
 def aupro_of(histograms, fpr_limit=0.3, subjects=None):
     "AUPRO of `subjects` (default: all), exact for the 16-bit scores; NaN without regions or negatives. Errors: `ParameterError`."
     if not 0 < fpr_limit <= 1: raise ParameterError("fpr_limit", f"is {fpr_limit}", "more than 0, at most 1")
@@ -218,7 +218,7 @@ def aupro_of(histograms, fpr_limit=0.3, subjects=None):
     FP = np.cumsum(neg[::-1])[::-1]
     return float((share * tie_area((FP - neg) / N, FP / N, fpr_limit)).sum() / (len(regions) * fpr_limit))
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c042
+# %% ../../nbs/metrics/530_streaming.ipynb #c043
 def save_histograms(histograms, path):
     "Writes `histograms` to `path` (.npz), whole or not at all."
     rows = [(pair, r, i) for i, s in enumerate(histograms.subjects)
@@ -231,7 +231,7 @@ def save_histograms(histograms, path):
                             subject=join([np.full(len(p[0]), i) for p, _, i in rows], np.int32),
                             scale=scale.edges if isinstance(scale, ScoreScale) else np.array(scale.dtype))
 
-# %% ../../nbs/metrics/530_streaming.ipynb #c043
+# %% ../../nbs/metrics/530_streaming.ipynb #c044
 def load_histograms(path):
     "`ScoreHistograms` from a file of `save_histograms`. Errors: `DataError` naming the file."
     try:

@@ -161,15 +161,16 @@ def bootstrap_images(label, score, subject=None, weights=None, statistics=("auro
     if subject is not None and len(subject) != len(score): raise DataError("bootstrap_images", f"{len(subject)} subjects for {len(score)} scores", "one an image")
     distinct, level = np.unique(score, return_inverse=True)
     names, owner = np.unique(np.arange(len(score)) if subject is None else np.asarray(subject), return_inverse=True)
-    order = np.argsort(owner, kind="stable")
-    rows = []
-    for i in np.split(order, np.cumsum(np.bincount(owner))[:-1]):
-        neg, pos = (np.unique(level[i][label[i] == kind], return_counts=True) for kind in (False, True))
-        rows.append(_Row(neg, pos, pos, len(pos[0])))
+    rows, K = [], len(distinct)
+    for kind in (False, True):                                # sparse (levels, counts) of every subject, from one sort
+        key, count = np.unique(owner[label == kind] * K + level[label == kind], return_counts=True)
+        cuts = np.searchsorted(key, np.arange(1, len(names)) * K)
+        rows.append(zip(np.split(key % K, cuts), np.split(count, cuts)))
+    rows = [_Row(neg, pos, pos, len(pos[0])) for neg, pos in zip(*rows)]
     weights = subject_weights(len(names), n_boot, seed) if weights is None else weights
-    return _bootstrap_rows(rows, len(distinct), weights, statistics, 0.3)
+    return _bootstrap_rows(rows, K, weights, statistics, 0.3)
 
-# %% ../../nbs/metrics/540_uncertainty.ipynb #c038
+# %% ../../nbs/metrics/540_uncertainty.ipynb #c039
 @dataclass(frozen=True)
 class Difference:
     "Method a minus method b on the same draws."
@@ -186,7 +187,7 @@ class Difference:
         return "a is higher" if self.low > 0 else "b is higher"
     def __str__(self): return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}], P(a > b) = {self.probability:.3f}: {self.verdict}" + (f" (n = {self.n_subjects})" if self.n_subjects < FEW else "")
 
-# %% ../../nbs/metrics/540_uncertainty.ipynb #c039
+# %% ../../nbs/metrics/540_uncertainty.ipynb #c040
 def paired_difference(a, b, a_draws, b_draws, n_subjects, level=0.95):
     """`Difference` of two estimates and their draws [n_boot], made with the *same weights*. `n_subjects`: the subjects it stands on
     (of a family: its ill ones). Errors: `DataError` when the numbers of draws differ."""
@@ -197,7 +198,7 @@ def paired_difference(a, b, a_draws, b_draws, n_subjects, level=0.95):
     probability = float(((d > 0) + 0.5 * (d == 0)).mean()) if len(d) else math.nan
     return Difference(found.estimate, found.low, found.high, probability, int(n_subjects), len(a_draws))
 
-# %% ../../nbs/metrics/540_uncertainty.ipynb #c044
+# %% ../../nbs/metrics/540_uncertainty.ipynb #c046
 def resample_seeds(draws, seed=0):
     "Draws [K, n_boot] of K trainings of one method, made with the same weights -> [n_boot]: the mean of K trainings drawn with replacement."
     draws = np.atleast_2d(np.asarray(draws, float))
@@ -205,7 +206,7 @@ def resample_seeds(draws, seed=0):
     picks = np.random.default_rng([seed, K, B]).integers(0, K, (K, B))
     return draws[picks, np.arange(B)].mean(0)
 
-# %% ../../nbs/metrics/540_uncertainty.ipynb #c045
+# %% ../../nbs/metrics/540_uncertainty.ipynb #c047
 def bootstrap_seeds(histograms, weights, subjects=None, statistics=("auroc", "ap", "best_dice"), seed=0):
     """One method trained K times: a list of K `ScoreHistograms` of the same subjects -> {name: [n_boot]}, seeds and subjects resampled
     together. Give two methods different `seed`s: their trainings are not paired. Errors: `DataError` when the subjects differ."""

@@ -43,7 +43,7 @@ MODELS = {
     "pca": Entry("anomaly_nb.models.pca:PCAResidual", "residual of the principal components of normal images", baseline=True,
                  exempt=_NO_TRAINING | {"detects": "a baseline: needs registered subjects"}),
     "trivial": Entry("anomaly_nb.models.controls:TrivialScores", "position, depth, edges, blobs, size: what the test set gives away for free", baseline=True,
-                     exempt=_NO_TRAINING | {"detects": "a control: is meant to stay near chance"}),
+                     exempt=_NO_TRAINING | {"detects": "a control: is meant to stay near chance", "shapes": "height and area are constant in a slice, on purpose"}),
     "ae": Entry("anomaly_nb.models.autoencoder:AutoencoderModel", "convolutional autoencoder, reconstruction residual"),
     "vae": Entry("anomaly_nb.models.vae:VAE", "variational autoencoder: residual and gradient of the ELBO"),
 }

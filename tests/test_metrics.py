@@ -103,6 +103,32 @@ def test_blocks_and_threads_change_nothing(monkeypatch):
     assert abs(whole.ap - sk.average_precision_score(label, score)) < 1e-9
 
 
+@SETTINGS
+@given(scored(), st.sampled_from((1e-45, 1.0, 1e30, 3e36)), st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+def test_thinned_counts_are_exact(pair, size, limit):
+    label, score = pair
+    if np.dtype(score.dtype) == np.float32: score = (score.astype("f8") * size).astype("f4")
+    full = detection.rank(label, score, every=True)
+    thinned = detection.thin(detection.flat_cases([(label, score, None)]), full.pos, limit)
+    assert thinned.N == full.N
+    for found, truth in zip(thinned.false_alarms(full.pos), full.false_alarms(full.pos)):
+        inside = full.false_alarms(full.pos)[1] <= limit * full.N
+        assert np.array_equal(found[inside], truth[inside]) and (found[~inside] > limit * full.N).all()
+
+
+def test_many_scores_are_thinned_and_equal(monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(detection, "_BLOCK", 500)
+    cases = [(rng.random((30, 40)) < 0.02, rng.standard_normal((30, 40)).astype(kind), rng.random((30, 40)) < 0.9) for kind in ("f4", "f8", "f2") * 4]
+    thinned, full = detection.rank_cases(cases), detection.rank_cases(cases, every=True)
+    assert type(thinned) is detection.Thinned and type(full) is detection.Ranked and sum(map(len, thinned.neg)) < full.N / 2
+    assert detection.sweep(thinned) == detection.sweep(full)
+    label, score = np.concatenate([l[f] for l, _, f in cases]), np.concatenate([s[f] for _, s, f in cases])
+    assert abs(detection.sweep(thinned).ap - sk.average_precision_score(label, score)) < 1e-9
+    score[np.flatnonzero(~label)[7]] = np.nan
+    with pytest.raises(DataError, match="NaN or infinity"): detection.rank(label, score)
+
+
 @pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
 def test_scores_that_are_no_numbers(bad):
     label, score = np.arange(20) < 5, np.arange(20.0)

@@ -10,6 +10,7 @@ __all__ = ['COLOURS', 'TRUTH', 'ANOMALY', 'STYLE', 'best_slice', 'plane', 'show_
 import io
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -68,7 +69,8 @@ def map_limits(maps, masks=None):
     values = values[values > 0] if (values > 0).any() else values
     if not values.size: return 0.0, 1.0
     low, high = (float(q) for q in np.percentile(values, (50, 99.8)))
-    return (low, high) if high > low else (low, low + 1.0)
+    if high > low: return low, high
+    return (0.0, high) if high > 0 else (low, low + 1.0)      # a map of one value (a mask): shown from 0
 
 # %% ../nbs/020_viz.ipynb #c018
 def show_map(image, anomaly_map, mask=None, ax=None, limits=None, title=None, foreground=None, index=None):
@@ -189,10 +191,10 @@ def browse(volume, anomaly_map=None, mask=None, title=None, n=10, live=None):
     slider = widgets.IntSlider(best_slice(volume, mask, anomaly_map), 0, volume.shape[1] - 1, description="slice", continuous_update=False)
     def draw(change=None):
         z = slider.value
-        with plt.ioff():
-            ax = show_map(volume, anomaly_map, mask, None, limits, title, index=z) if anomaly_map is not None else show_image(volume, None, title, index=z)
-            if anomaly_map is None and mask is not None and mask[0, z].any(): ax.contour(mask[0, z] > 0, [.5], colors=TRUTH, linewidths=1.4)
-            picture.value = figure_png(ax.figure)
-            plt.close(ax.figure)
+        ax = Figure(figsize=(4.2, 4.2), layout="constrained").add_subplot()      # pyplot knows nothing of it: nothing to show or to close
+        if anomaly_map is not None: show_map(volume, anomaly_map, mask, ax, limits, title, index=z)
+        else: show_image(volume, ax, title, index=z)
+        if anomaly_map is None and mask is not None and mask[0, z].any(): ax.contour(mask[0, z] > 0, [.5], colors=TRUTH, linewidths=1.4)
+        picture.value = figure_png(ax.figure)
     slider.observe(draw, "value"); draw()
     return widgets.VBox([slider, picture])

@@ -70,18 +70,18 @@ def gate_figures(slices, outlines):
     return {"low": float(unexplained(low)[0].mean()), "high": float(unexplained(full - low)[0].mean()), "tail": float(np.quantile(residuals, 0.99)/np.quantile(residuals, 0.5))}
 
 # %% ../../nbs/data/114_gate.ipynb #c014
-def _correlation(a, b, window):
-    "Local correlation of slices a and b [S, H, W] in windows of `window` voxels."
-    mean = lambda x: ndimage.uniform_filter(x, (1, window, window))
-    ma, mb = mean(a), mean(b)
-    return (mean(a*b) - ma*mb)/np.sqrt(np.maximum((mean(a*a) - ma**2)*(mean(b*b) - mb**2), 1e-4))
-
 def best_match(slices, outlines, window=13, reach=4, pairs=6):
     "Mean over the common outline of the best local correlation within +-`reach` voxels, over `pairs` pairs of aligned subjects [N, S, H, W]."
     common = np.stack([ndimage.binary_erosion(c, iterations=5) for c in np.mean(outlines, 0) >= 0.9])
     z = [np.where(m, (s - s[m].mean())/s[m].std(), 0).astype(np.float32) for s, m in zip(slices, outlines)][:pairs + 1]
-    shifts = [(0, y, x) for y in range(-reach, reach + 1) for x in range(-reach, reach + 1)]
-    return float(np.mean([np.max([_correlation(a, np.roll(b, s, (0, 1, 2)), window)[common] for s in shifts], 0).mean() for a, b in zip(z, z[1:])]))
+    mean = lambda a: ndimage.uniform_filter(a, (1, window, window))
+    local = [(a, mean(a), mean(a*a) - mean(a)**2) for a in z]     # a subject, its local mean and variance
+    shifts = [(0, dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1)]
+
+    def correlation(one, other, shift):
+        (a, ma, va), (b, mb, vb) = one, (np.roll(v, shift, (0, 1, 2)) for v in other)
+        return ((mean(a*b) - ma*mb)/np.sqrt(np.maximum(va*vb, 1e-4)))[common]
+    return float(np.mean([np.max([correlation(one, other, s) for s in shifts], 0).mean() for one, other in zip(local, local[1:])]))
 
 # %% ../../nbs/data/114_gate.ipynb #c015
 def gate_of(stacks, skull=False):

@@ -33,7 +33,7 @@ def texture_spectrum():
 
 # %% ../../nbs/data/112_imaging.ipynb #c007
 def texture_field(rng, spacing):
-    "[D, H, W] float32 of unit variance with the template's spectrum (a power law; wavelengths from two voxels to 60 mm)."
+    "[D, H, W] float32 of unit variance with the template's spectrum (a power law down to two voxels, flat above wavelengths of 60 mm)."
     shape, slope = grid_shape(spacing), texture_spectrum()[2]
     noise = fft.rfftn(rng.standard_normal(shape, dtype=np.float32))
     axes = [fft.fftfreq(shape[0], spacing), fft.fftfreq(shape[1], spacing), fft.rfftfreq(shape[2], spacing)]

@@ -121,13 +121,14 @@ def thin(flat, pos, limit=1.0, where="metric"):
     M = 1 << min(max((8 * len(pos)).bit_length(), 10), 23)
     into = lambda values: buckets(values.astype(pos.dtype, copy=False), pos[0], pos[-1], M)
     walk = lambda: ((b, into(b)) for _, b in selected(flat) if check_finite(b, where))
-    count = np.zeros(M + 3, np.int64)
-    for b, k in walk(): np.add.at(count, k, 1)
-    mixed, mine, N = np.zeros(M + 3, bool), into(pos), count.sum()
-    mixed[mine[(N - np.cumsum(count))[mine] <= limit * N]] = True        # negatives in higher buckets: more than that is beyond the limit
+    whole = np.int32 if sum(len(s) for _, s, _ in flat) < 2**31 else np.int64
+    count = np.zeros(M + 3, whole)
+    for b, k in walk(): np.add.at(count, k, whole(1))
+    mixed, mine, sums, N = np.zeros(M + 3, bool), into(pos), np.cumsum(count, dtype=whole), int(count.sum())
+    mixed[mine[N - sums[mine] <= limit * N]] = True                      # N - sums: negatives in higher buckets
     near = np.concatenate([np.empty(0, pos.dtype), *(b[mixed[k]] for b, k in walk())])
     count[mixed] = 0
-    return Thinned(pos, _sorted_parts(near), np.cumsum(count[::-1])[::-1])
+    return Thinned(pos, _sorted_parts(near), np.cumsum(count[::-1], out=sums)[::-1])
 
 # %% ../../nbs/metrics/500_detection.ipynb #c023
 def rank_cases(cases, where="metric", every=False):

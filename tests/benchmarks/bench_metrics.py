@@ -139,7 +139,7 @@ def main():
     mask = np.zeros(maps.shape, bool)
     for k in range(17): mask[k % 8, 20 + 90 * (k // 8):50 + 90 * (k // 8), 30:60 + k] = True
     maps += 0.1 * mask
-    a, t, _ = measured(lambda: regions.aupro(mask, maps), 7)
+    a, t, _ = measured(lambda: regions.aupro(mask, maps), 25)
     b, t_peer, _ = measured(lambda: peer_aupro(mask, maps), 2)
     ok &= row(f"AUPRO, 8 x 256x256, {sum(regions.regions_of(m)[2] for m in mask)} regions", ">= 150x", f"{t_peer / t:.0f}x", t_peer / t >= 150,
               f"{t * 1e3:.1f} ms; peer from the formula {t_peer:.2f} s")

@@ -140,10 +140,18 @@ def _by_site(test, score):
     return table
 
 # %% ../nbs/715_evaluation.ipynb #c018
-def save_case_histograms(cases, normal, kind, path, exact_ap=None, limit=1e-3, most=2_000_000):
-    "Saves score histograms of the cases with a known mask; the 16-bit scale is fitted on validation normals (at most `most` voxels). Returns the change in AP. Errors: `DataError` when it exceeds `limit`."
-    values = np.concatenate([c.map(kind)[c.counted] for c in normal])
-    histograms = ScoreHistograms(fit_scale(values[::max(1, len(values) // most)]))
+def _some_scores(cases, kind, most=20_000, tail=0.005):
+    "About `most` scores of each case, evenly, and all of its highest share `tail`; without looking at a label."
+    kept = []
+    for c in cases:
+        values = c.map(kind)[c.counted]
+        k = max(1, int(tail * len(values)))
+        kept += [values[::max(1, len(values) // most)], np.partition(values, len(values) - k)[len(values) - k:]]
+    return np.concatenate(kept)
+
+def save_case_histograms(cases, normal, kind, path, exact_ap=None, limit=1e-3):
+    "Saves score histograms of the cases with a known mask, on a 16-bit scale fitted on their scores and those of `normal` cases. Returns the change in AP. Errors: `DataError` when it exceeds `limit`."
+    histograms = ScoreHistograms(fit_scale(_some_scores([*normal, *cases], kind)))
     for c in cases:
         if c.mask_known: histograms.add(c.subject, c.mask, c.map(kind), c.counted)
     change = 0.0 if exact_ap is None else sweep_of(histograms).ap - exact_ap

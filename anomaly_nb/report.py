@@ -83,11 +83,11 @@ def _with_interval(value, interval):
     "`0.123 <small>0.100–0.150</small>`."
     return _text(value) + (f" <small>{interval.low:.3f}–{interval.high:.3f}</small>" if interval is not None else "")
 
-def _table(header, rows, classes=None):
-    "An HTML table of cells that are HTML already."
+def _table(header, rows, classes=None, kind=""):
+    "An HTML table of cells that are HTML already; `kind` \"named\" has words in its second column too."
     marks = classes or [""] * len(rows)
     body = "".join(f'<tr class="{c}">' + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row, c in zip(rows, marks))
-    return f"<div class=wide><table><thead><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<div class=wide><table class='{kind}'><thead><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr></thead><tbody>{body}</tbody></table></div>"
 
 def _picture(path, about):
     "A PNG inside the page."
@@ -101,7 +101,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 70rem
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; } h3 { font-size: 1.02rem; }
 p.note, figcaption, small { color: var(--faint); } p.note { max-width: 48rem; } small { font-size: .8em; white-space: nowrap; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); } th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); } th:first-child, td:first-child, .named th:nth-child(2), .named td:nth-child(2) { text-align: left; }
 thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; } tr.baseline td { background: var(--base); color: var(--faint); } td.cell { text-align: right; }
 figure { margin: 1rem 0 1.8rem; } img { max-width: 100%; } pre { background: var(--base); padding: .8rem; overflow-x: auto; font-size: .82rem; }
 .undecided { color: #8a4b00; } ul { padding-left: 1.2rem; }
@@ -114,7 +114,7 @@ def _ranking_html(table):
     header = ["method", "score", "voxel AP", "AUPRO", "Dice", "best Dice (oracle)", "subject AUROC", "image AUROC", "voxel AUROC", "parameters", "seconds", "MiB"]
     rows = [[_text(r["method"]), _text(r["score"]), _with_interval(r["voxel AP"], r["voxel AP interval"]), _text(r["AUPRO"]), _text(r["Dice"]), _text(r["best Dice (oracle)"]),
              _with_interval(r["subject AUROC"], r["subject AUROC interval"]), _text(r["image AUROC"]), _text(r["voxel AUROC"]), _text(int(r["parameters"] or 0)), _text(r["seconds"], 0), _text(r["MiB"])] for _, r in table.iterrows()]
-    return _table(header, rows, ["baseline" if b else "" for b in table["baseline"]])
+    return _table(header, rows, ["baseline" if b else "" for b in table["baseline"]], "named")
 
 # %% ../nbs/720_report.ipynb #c014
 def _families_html(results):
@@ -123,11 +123,11 @@ def _families_html(results):
     if table.empty: return "<p>No method gives maps.</p>"
     names = [f for f in table if table[f].notna().any()]
     small = [f for f in about.index if about.loc[f, "subjects"] < FEW]
-    rows = [[_text(name), *(_text(table.loc[name, f]) for f in names)] for name in table.index]
-    rows.append(["<em>prevalence (chance)</em>", *(_text(about.loc[f, "prevalence"]) for f in names)])
+    rows = [[_text(name), *(_text(table.loc[name, f], 4) for f in names)] for name in table.index]
+    rows.append(["<em>prevalence (chance)</em>", *(_text(about.loc[f, "prevalence"], 4) for f in names)])
     rows.append(["<em>subjects</em>", *(_text(int(about.loc[f, "subjects"])) for f in names)])
-    warn = f'<p class="undecided">Undecided: fewer than {FEW} subjects in {html.escape(", ".join(small))}. No order of methods can be read from these columns.</p>' if small else ""
-    return warn + _table(["method", *names], rows)
+    warn = f'<p class="undecided">Undecided: fewer than {FEW} subjects in {html.escape(", ".join(small).replace("_", " "))}. No order of methods can be read from these columns.</p>' if small else ""
+    return warn + _table(["method", *(n.replace("_", " ") for n in names)], rows)
 
 # %% ../nbs/720_report.ipynb #c015
 def _run_html(result):

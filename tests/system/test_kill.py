@@ -39,11 +39,16 @@ def epoch_of(runs):
     return 0
 
 
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    "The metrics of the same run, left alone."
+    runs = tmp_path_factory.mktemp("whole")
+    assert start(runs).wait(300) == 0
+    return next(runs.glob("evaluate-*/metrics.json")).read_bytes()
+
+
 @pytest.mark.parametrize("whom", ["the kernel", "the parent", "everything"])
-def test_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, whom):
-    whole = tmp_path/"whole"
-    assert start(whole).wait(300) == 0
-    expected = next(whole.glob("evaluate-*/metrics.json"))
+def test_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, whom, expected):
     runs = tmp_path/"killed"
     parent = start(runs)
     wait_for(lambda: epoch_of(runs) >= 3)
@@ -63,7 +68,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, whom):
     assert again.wait(300) == 0
     if whom != "the kernel": assert epochs >= 3, "the second start did not go on from the checkpoint"
     result = next(runs.glob("evaluate-*/metrics.json"))
-    assert result.read_bytes() == expected.read_bytes()
+    assert result.read_bytes() == expected
     assert not list(runs.glob(".partial-*"))
 
 

@@ -87,7 +87,7 @@ def _summary(runs, console):
 
 # %% ../nbs/740_cli.ipynb #c013
 DEMO_MODELS = ("random", "trivial", "intensity", "pca", "ae", "vae")
-DEMO_BUDGET = {"tiny": 10.0, "demo": 80.0, "claims": 600.0}   # seconds of training for each model that is trained
+DEMO_BUDGET = {"tiny": 10.0, "demo": 120.0, "claims": 600.0}   # seconds of training for each model that is trained
 
 def demo(args):
     "Makes the cohort, runs five detectors and the trivial scores on it, prints their table and writes the report."

@@ -90,10 +90,12 @@ def main():
     n = int(1e8 if args.full else args.n)
     rng, rows, failed = np.random.default_rng(0), [], False
 
-    def row(what, aim, reached, ok, detail):
-        rows.append((what, aim, reached, "pass" if ok else "FAIL", detail))
+    def row(what, aim, reached, ok, detail, at_full=False):
+        "`at_full`: the aim is stated at 1e8; a smaller run shows the ratio and does not judge it."
+        judged = args.full or not at_full
+        rows.append((what, aim, reached, ("pass" if ok else "FAIL") if judged else "-", detail))
         print(f"  {what}: {reached} ({detail})", flush=True)
-        return ok
+        return ok or not judged
 
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}, "
           f"NPY_DISABLE_CPU_FEATURES={os.environ.get('NPY_DISABLE_CPU_FEATURES', 'unset')}, numpy {np.__version__}, {n:.0e} scores, 1 % positive", flush=True)
@@ -107,10 +109,10 @@ def main():
     b, t_sk, extra_sk = measured(lambda: scikit_learn(label, score))
     error = max(abs(x - y) for x, y in zip(a, b))
     detail = f"{t:.2f} s, +{extra / 2**20:.0f} MiB; scikit-learn {t_sk:.1f} s, +{extra_sk / 2**20:.0f} MiB"
-    ok = row(f"exact AUROC + AP + best Dice, {n:.0e} float32", ">= 30x (at 1e8)", f"{t_sk / t:.0f}x", t_sk / t >= 30, detail)
+    ok = row(f"exact AUROC + AP + best Dice, {n:.0e} float32", ">= 30x (at 1e8)", f"{t_sk / t:.0f}x", t_sk / t >= 30, detail, at_full=True)
     ok &= row("  its difference to scikit-learn", "<= 1e-9", f"{error:.0e}", error <= 1e-9, "largest of the three")
     ok &= row("  its extra memory / score array", "<= 1.5", f"{extra / score.nbytes:.2f}", extra <= 1.5 * score.nbytes, f"scikit-learn {extra_sk / score.nbytes:.1f}")
-    ok &= row(f"streaming, {n:.0e} float16", ">= 500x", f"{t_sk / t16:.0f}x", t_sk / t16 >= 500, f"{t16:.3f} s, +{extra16 / 2**20:.0f} MiB; 1e9 would take {t16 * 1e9 / n:.1f} s (aim < 5)")
+    ok &= row(f"streaming, {n:.0e} float16", ">= 500x (at 1e8)", f"{t_sk / t16:.0f}x", t_sk / t16 >= 500, f"{t16:.3f} s, +{extra16 / 2**20:.0f} MiB; 1e9 would take {t16 * 1e9 / n:.1f} s (aim < 5)", at_full=True)
     exact = ours(label, half.astype(np.float32)) if n <= 2e7 else None
     if exact: ok &= row("  its difference to the exact one on the same scores", "<= 1e-12", f"{max(abs(x - y) for x, y in zip(c, exact)):.0e}", np.allclose(c, exact, atol=1e-12), "float16 scores")
     del label, score, half

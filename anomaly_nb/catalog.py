@@ -71,9 +71,9 @@ def check_options(entry, options, what="options"):
     parameters = {n: p for n, p in inspect.signature(entry.load()).parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     for name, value in options.items():
         default = parameters[choose(name, list(parameters), what)].default
-        numbers = isinstance(default, (int, float)) and not isinstance(default, bool)
-        if numbers and (isinstance(value, bool) or not isinstance(value, (int, float))) or isinstance(default, bool) and not isinstance(value, bool):
-            raise ParameterError(f"{what}: {name}", f"is {value!r}, a {type(value).__name__}", f"a {type(default).__name__} such as {default!r}")
+        wanted = {bool: (bool,), int: (int,), float: (int, float)}.get(type(default))      # a default of None or of another type says nothing
+        if wanted and (not isinstance(value, wanted) or isinstance(value, bool) and bool not in wanted):
+            raise ParameterError(f"{what}: {name}", f"is {value!r}, a {type(value).__name__}", f"{type(default).__name__}, such as {default!r}")
     return options
 
 # %% ../nbs/700_catalog.ipynb #c016

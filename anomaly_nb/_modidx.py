@@ -458,6 +458,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'anomaly_nb.evaluation._by_site': ('evaluation.html#_by_site', 'anomaly_nb/evaluation.py'),
                                        'anomaly_nb.evaluation._pixel_metrics': ( 'evaluation.html#_pixel_metrics',
                                                                                  'anomaly_nb/evaluation.py'),
+                                       'anomaly_nb.evaluation._prevalence': ('evaluation.html#_prevalence', 'anomaly_nb/evaluation.py'),
                                        'anomaly_nb.evaluation._some_scores': ('evaluation.html#_some_scores', 'anomaly_nb/evaluation.py'),
                                        'anomaly_nb.evaluation._subject_row': ('evaluation.html#_subject_row', 'anomaly_nb/evaluation.py'),
                                        'anomaly_nb.evaluation.choose_aggregation': ( 'evaluation.html#choose_aggregation',

@@ -95,6 +95,10 @@ def detection_metrics(label, score):
     label, score = np.asarray(label), np.asarray(score)
     return {"auroc": auroc(label, score), "ap": average_precision(label, score), "fpr95": fpr_at_tpr(label, score), "normal": int((label == 0).sum()), "anomalous": int((label == 1).sum())}
 
+def _prevalence(masks, counted):
+    "Share of anomalous voxels among those that count: the AP of random scores."
+    return float(sum((m & f).sum() for m, f in zip(masks, counted)) / sum(f.sum() for f in counted))
+
 def _pixel_metrics(cases, kind, threshold, fpr_limit):
     "Pooled voxel metrics of cases whose mask is known; {} when none is."
     if not cases: return {}
@@ -103,7 +107,7 @@ def _pixel_metrics(cases, kind, threshold, fpr_limit):
     return {
         "ap": exact.ap, "auroc": exact.auroc, "best_dice_oracle": exact.best_dice,
         "dice": dice_at(masks, maps, threshold, counted), "aupro": aupro(masks, maps, counted, fpr_limit=fpr_limit),
-        "prevalence": float(sum((m & f).sum() for m, f in zip(masks, counted)) / sum(f.sum() for f in counted))}
+        "prevalence": _prevalence(masks, counted)}
 
 # %% ../nbs/715_evaluation.ipynb #c013
 def _subject_row(case, kind, score, threshold):
@@ -128,7 +132,7 @@ def _by_family(test, score, kind, threshold):
         row = {"subjects": int(chosen.sum()), "subject_auroc": auroc(label, score[chosen | normal])}
         if any(c.label for c in cases):
             masks, maps, counted = [c.mask for c in cases], [c.map(kind) for c in cases], [c.counted for c in cases]
-            row |= {"pixel_ap": pixel_metrics(masks, maps, counted).ap, "dice": dice_at(masks, maps, threshold, counted), "prevalence": float(sum((m & f).sum() for m, f in zip(masks, counted)) / sum(f.sum() for f in counted))}
+            row |= {"pixel_ap": pixel_metrics(masks, maps, counted).ap, "dice": dice_at(masks, maps, threshold, counted), "prevalence": _prevalence(masks, counted)}
         table[family] = row
     return table
 

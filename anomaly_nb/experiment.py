@@ -7,8 +7,6 @@ __all__ = ['POOLS', 'VERSIONS', 'load_records', 'make_data', 'make_model', 'devi
            'limit_threads']
 
 # %% ../nbs/710_experiment.ipynb #c003
-import json
-import os
 import platform
 import resource
 import subprocess
@@ -17,10 +15,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-
 from . import catalog
-from .core import DataError, ParameterError, choose, settings, stable_hash, write_aside, write_json
+from .core import DataError, ParameterError, choose, settings, write_aside, write_json
 
 # %% ../nbs/710_experiment.ipynb #c005
 POOLS = ("train", "val", "val_anomalous", "test")   # every experiment reads these; what else a model needs comes on top

@@ -88,7 +88,7 @@ def check_parameters(notebook, given):
     for name, value in given.items():
         choose(name, list(known), f"parameter of {Path(notebook).stem}")
         values[name] = convert(known[name], value)
-    for what, table in (("model", catalog.MODELS), ("dataset", catalog.DATASETS), ("task", catalog.TASKS), ("detector", catalog.DETECTORS)):
+    for what, table in catalog.TABLES.items():
         if values.get(what): choose(values[what], list(table), what)
         options = values.get({"dataset": "data_options"}.get(what, f"{what}_options"))
         if values.get(what) and options: catalog.check_options(table[values[what]], catalog.parse_options(options, f"{what}_options"), f"{what}_options")
@@ -122,7 +122,7 @@ def imported_modules(source, seen=None):
 def run_key(notebook, parameters):
     "Hash of all that can change a run's numbers. Makes or reads the data set that the parameters name, to hash its content."
     from anomaly_nb.experiment import device_class, load_records
-    entries = [table[parameters[what]] for what, table in (("model", catalog.MODELS), ("dataset", catalog.DATASETS), ("task", catalog.TASKS), ("detector", catalog.DETECTORS)) if parameters.get(what)]
+    entries = [table[parameters[what]] for what, table in catalog.TABLES.items() if parameters.get(what)]
     source = "\n".join(text for text, _ in code_cells(notebook)) + "".join(f"\nimport {e.target.split(':')[0]}" for e in entries)
     modules = {name: code for name, code in imported_modules(source).items() if name != "anomaly_nb.catalog"}
     now, constraints = settings(), Path(sys.modules["anomaly_nb"].__file__).resolve().parents[1]/"constraints.txt"
@@ -179,16 +179,15 @@ def _worker_environment(folder):
 
 def _child(job_file, folder):
     "Starts the process that executes a job; its output goes to `worker.log` in the run's folder."
-    log = open(folder/"worker.log", "wb")
     command = [sys.executable, "-c", "import sys; from anomaly_nb.runner import _execute; _execute(sys.argv[1])", str(job_file)]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_worker_environment(folder), start_new_session=True)
+    with open(folder/"worker.log", "wb") as log: return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_worker_environment(folder), start_new_session=True)
 
 # %% ../nbs/730_runner.ipynb #c024
 def execute(run, folder=None, on_progress=None, stop=None):
     "Executes one `Run` unless its result is there; returns it with status, folder and message. `on_progress` gets the run's last state about twice a second; setting `stop` (an Event) ends it."
     from filelock import FileLock, Timeout
     notebook, root, started = experiment_path(run.experiment), Path(folder or settings().runs), time.monotonic()
-    values = check_parameters(notebook, run.parameters)
+    run.parameters = values = check_parameters(notebook, run.parameters)   # with the defaults: one run has one name, however much of it was typed
     key = run_key(notebook, values)
     final, partial = root/f"{run.label}-{key}", root/f".partial-{run.label}-{key}"
     try: partial.parent.mkdir(parents=True, exist_ok=True); (root/".locks").mkdir(exist_ok=True)

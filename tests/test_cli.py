@@ -76,7 +76,7 @@ def test_two_runs_and_a_report(tmp_path):
         text = (folder/"metrics.json").read_text()
         assert str(tmp_path) not in text and "seconds" not in text
         assert json.loads((folder/"provenance.json").read_text())["versions"]["torch"]
-    random = json.loads(next(runs.glob("evaluate-random-*/metrics.json")).read_text())["kinds"]["random"]["pixel"]
+    random = json.loads(next(runs.glob("evaluate-brain-random-*/metrics.json")).read_text())["kinds"]["random"]["pixel"]
     assert abs(random["auroc"] - 0.5) < 0.02 and random["ap"] < 1.3 * random["prevalence"]      # chance: a leak of the truth would show here
     again = tmp_path/"again"
     assert call("run", "evaluate", "-p", "model=random", ANOMALY_NB_RUNS_FOLDER=str(again)).returncode == 0

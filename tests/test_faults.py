@@ -85,6 +85,13 @@ def test_a_lost_parameters_tag_is_refused_before_a_kernel_starts(experiments, tm
     assert not (tmp_path/"runs").exists()
 
 
+def test_one_run_has_one_name_however_much_of_it_was_typed(experiments, tmp_path):
+    notebook(experiments/"works.ipynb", [WRITE], 'out: str = ""  # folder\nmodel: str = "random"  # model\nn: int = 1  # a number')
+    first = runner.execute(runner.Run("works", {}), tmp_path/"runs")
+    again = runner.execute(runner.Run("works", {"model": "random", "n": "1"}), tmp_path/"runs")
+    assert (first.status, again.status) == ("done", "cached") and first.folder == again.folder
+
+
 def test_one_run_is_never_made_by_two_at_once(experiments, tmp_path):
     notebook(experiments/"slow.ipynb", ["import time; time.sleep(4)", WRITE])
     first = threading.Thread(target=runner.execute, args=(runner.Run("slow", {}), tmp_path/"runs"))

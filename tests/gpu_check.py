@@ -34,6 +34,7 @@ def check(name, entry, dims, device):
     shape = (48, 56) if dims == 2 else (24, 32, 24)
     torch.manual_seed(0)
     batch = smooth_batch(16 if dims == 2 else 4, shape)
+    if entry.task == "pairs": batch["positive"] = batch["image"].flip(0)
     model = entry.load()(**({"channels": 1, "spatial_dims": dims, "shape": shape} | entry.defaults))
     model.to(device)
     losses, seconds = [], 0.0

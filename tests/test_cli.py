@@ -32,6 +32,25 @@ def call(*words, cwd=ROOT, **environment):
     (["data", "make", "brain", "--size", "huge"], "tiny"),
     (["demo", "--size", "deno"], "did you mean 'demo'?"),
     (["report", "no/such/folder"], "is no folder"),
+    (["run", "evaluate", "-p", "dataset=folder", "-p", "path=no/such/scans"], "there is nothing at no/such/scans"),
+    (["run", "evaluate", "-p", "dataset=folder"], "path"),
+    (["run", "evaluate", "-p", "path=."], "path"),
+    (["run", "evaluate", "-p", "model=sae", "-p", "detector=ocsvm+lofo"], "did you mean 'lof'?"),
+    (["run", "evaluate", "-p", "model=sae", "-p", "detector=lof", "-p", "detector_options=lof.neighbours=3"], "did you mean 'n_neighbors'?"),
+    (["run", "evaluate", "-p", "scope=pacient"], "did you mean 'patient'?"),
+    (["run", "evaluate", "-p", "model=ae", "-p", "dims=4"], "dims"),
+    (["run", "evaluate", "-p", "task=piars"], "did you mean 'pairs'?"),
+    (["run", "evaluate", "-p", "out=here"], "the runner gives each run its folder"),
+    (["sweep", "no/such.yaml"], "no/such.yaml: cannot be read"),
+    (["sweep", "README.md"], "README.md"),
+    (["sweep", "sweeps/demo.yaml", "-p", "modle=vae"], "did you mean 'model'?"),
+    (["sweep", "sweeps/demo.yaml", "-p", "size=tny"], "tny"),
+    (["sweep", "sweeps/demo.yaml", "-p", "size=tiny", "--processes", "-1"], "--processes: is -1"),
+    (["data", "check", "brian"], "did you mean 'brain'?"),
+    (["data", "check", "folder"], "path"),
+    (["data", "check", "folder", "--path", "no/such/scans"], "no/such/scans"),
+    (["data", "check", "brain", "-o", "lesion_contrats=0.5"], "did you mean 'lesion_contrast'?"),
+    (["data", "check", "brain", "-o", "lesion_contrast"], "-o NAME=VALUE"),
 ])
 def test_bad_input_is_refused_in_one_line(words, said, tmp_path):
     done = call(*words, ANOMALY_NB_RUNS_FOLDER=str(tmp_path/"runs"))
@@ -87,3 +106,71 @@ def test_two_runs_and_a_report(tmp_path):
     page = (runs/"report.html").read_text()
     assert "embedded cohort" in page and "src=\"data:image/png;base64," in page and "http" not in page.replace("http://www.w3.org", "")
 
+
+def test_help_is_quick_and_light():
+    "No heavy module for a call for help, whatever the command; and an answer before the eye has moved."
+    code = "import sys\nfrom anomaly_nb.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'numpy', 'yaml', 'sklearn', 'pandas', 'rich', 'IPython') if m in sys.modules])"
+    for words in (["--help"], ["sweep", "--help"], ["data", "check", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert done.stdout.strip().splitlines()[-1] == "[]"
+    import time
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call("--help")
+        took.append(time.perf_counter() - start)
+    bare = min(_seconds([sys.executable, "-c", "import argparse, configparser, difflib, hashlib, json, tempfile"]) for _ in range(5))
+    assert min(took) < bare + 0.15
+
+
+def _seconds(command):
+    import time
+    start = time.perf_counter()
+    subprocess.run(command, capture_output=True)
+    return time.perf_counter() - start
+
+
+@pytest.fixture
+def scans(tmp_path):
+    "A folder of twelve small scans with a manifest: four ill, with masks; a name with HTML in it."
+    import nibabel as nib
+    import numpy as np
+    rng, lines = np.random.default_rng(0), ["path,subject,split,label,mask"]
+    (tmp_path/"scans").mkdir()
+
+    def write(name, array): nib.save(nib.Nifti1Image(array.astype("float32"), np.diag([2, 2, 2, 1])), tmp_path/"scans"/name)
+    for i in range(12):
+        image, mask = rng.normal(100, 10, (24, 24, 8)), np.zeros((24, 24, 8))
+        pool, ill = ("train", "val", "test")[min(i // 3, 2)], i >= 8
+        if ill: mask[8:14, 8:14, 3:6] = 1
+        write(f"s{i}.nii.gz", image + 60 * mask)
+        if ill: write(f"m{i}.nii.gz", mask)
+        lines.append(f"s{i}.nii.gz,{'<b>bold</b>' if i == 9 else f'p{i}'},{pool},{int(ill)},{f'm{i}.nii.gz' if ill else ''}")
+    (tmp_path/"scans"/"manifest.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_own_scans_with_a_relative_path(scans):
+    "check, run and report from another folder than the project's; the same scans under another name are the same run; broken ones are named before a run."
+    runs = {"ANOMALY_NB_RUNS_FOLDER": str(scans/"runs")}
+    checked = call("data", "check", "folder", "--path", "scans", cwd=scans)
+    assert checked.returncode == 0, checked.stderr + checked.stdout
+    words = ["run", "evaluate", "-p", "dataset", "folder", "-p", "model=intensity", "-p", "path"]
+    done = call(*words, "scans", cwd=scans, **runs)
+    assert done.returncode == 0, done.stderr
+    folder = next((scans/"runs").glob("evaluate-folder-intensity-*"))
+    assert json.loads((folder/"params.json").read_text())["parameters"]["path"] == "scans"
+    metrics = json.loads((folder/"metrics.json").read_text())
+    assert str(scans) not in json.dumps(metrics)
+    assert next(iter(metrics["kinds"].values()))["pixel"]["auroc"] > 0.95                # lesions brighter by six standard deviations
+    (scans/"scans").rename(scans/"moved")
+    again = call(*words, str(scans/"moved"), cwd=ROOT, **runs)
+    assert again.returncode == 0 and "cached" in again.stdout
+    assert call("report", **runs).returncode == 0
+    assert "<b>bold</b>" not in (scans/"runs"/"report.html").read_text()
+    (scans/"moved"/"s9.nii.gz").write_bytes((scans/"moved"/"s9.nii.gz").read_bytes()[:200])
+    broken = call("data", "check", "folder", "--path", "moved", cwd=scans)
+    assert broken.returncode == 1 and "s9.nii.gz" in broken.stdout and "Traceback" not in broken.stderr
+    (scans/"moved"/"s9.nii.gz").unlink()
+    missing = call(*words, "moved", cwd=scans, **runs)
+    assert missing.returncode == 2 and "s9.nii.gz" in missing.stderr and len(missing.stderr.strip().splitlines()) == 1

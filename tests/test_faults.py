@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from anomaly_nb import runner
+from anomaly_nb import parameters, runner
 from anomaly_nb.core import InputError
 from house import ROOT
 
@@ -15,7 +15,7 @@ def experiments(tmp_path, monkeypatch):
     "A folder of experiments of our own."
     folder = tmp_path/"experiments"
     folder.mkdir()
-    monkeypatch.setattr(runner, "experiments_folder", lambda: folder)
+    monkeypatch.setattr(parameters, "experiments_folder", lambda: folder)
     return folder
 
 
@@ -66,14 +66,14 @@ def test_other_code_is_another_run_and_other_words_are_not(experiments, tmp_path
 def test_the_key_knows_what_can_change_a_number(experiments, monkeypatch):
     notebook(experiments/"works.ipynb", ["from anomaly_nb.core import settings\n" + WRITE])
     path = experiments/"works.ipynb"
-    base = runner.run_key(path, {"n": 1, "out": "a"})
-    assert runner.run_key(path, {"n": 1, "out": "b"}) == base
-    assert runner.run_key(path, {"n": 2, "out": "a"}) != base
+    base = parameters.run_key(path, {"n": 1, "out": "a"})
+    assert parameters.run_key(path, {"n": 1, "out": "b"}) == base
+    assert parameters.run_key(path, {"n": 2, "out": "a"}) != base
     monkeypatch.setenv("ANOMALY_NB_COMPUTE_PRECISION", "bf16-mixed")
-    assert runner.run_key(path, {"n": 1, "out": "a"}) != base
+    assert parameters.run_key(path, {"n": 1, "out": "a"}) != base
     monkeypatch.setenv("ANOMALY_NB_COMPUTE_PRECISION", "32-true")
     monkeypatch.setenv("ANOMALY_NB_COMPUTE_THREADS", "2")
-    assert runner.run_key(path, {"n": 1, "out": "a"}) != base
+    assert parameters.run_key(path, {"n": 1, "out": "a"}) != base
 
 
 def test_a_lost_parameters_tag_is_refused_before_a_kernel_starts(experiments, tmp_path):
@@ -104,8 +104,8 @@ def test_one_run_is_never_made_by_two_at_once(experiments, tmp_path):
 
 def test_no_experiment_shipped_lacks_a_comment_or_type():
     for path in (ROOT/"nbs"/"experiments").glob("*.ipynb"):
-        parameters = runner.read_parameters(path)
-        assert parameters and all(p.comment for p in parameters.values())
+        found = parameters.read_parameters(path)
+        assert found and all(p.comment for p in found.values())
 
 
 def test_a_full_disk_fails_with_a_name_and_leaves_no_result(experiments, tmp_path):

@@ -8,6 +8,7 @@ from anomaly_nb.core import collate, rng_of, seed_everything
 from anomaly_nb.data.brain import brain_records
 from anomaly_nb.data.module import AnomalyDataModule
 from anomaly_nb.data.sets import SliceSet, VolumeSet
+from anomaly_nb.experiment import make_task
 from anomaly_nb.metrics.localization import pixel_ap
 from anomaly_nb.models.checks import CHECKS, check_detects, check_model
 
@@ -26,11 +27,27 @@ def batch_of(shape, channels, count=6):
     return collate(samples)
 
 
+def with_task(name, batch):
+    "The batch after the task that a model's training needs, bound to the batch itself."
+    samples = [{k: v[i].numpy() if isinstance(v, torch.Tensor) and v.ndim > 1 else v[i] for k, v in batch.items()} for i in range(len(batch["id"]))]
+    samples = [s | dict(label=0, mask_known=True) for s in samples]
+    source = Listed(samples)
+    task = catalog.build(catalog.TASKS, name, "task").bind(source)
+    return collate([task(s, rng_of("task", i)) for i, s in enumerate(samples)])
+
+
+class Listed(list):
+    "Samples as a data set: a list that knows its subjects."
+    @property
+    def subjects(self): return [s["subject"] for s in self]
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("name, dims", CASES)
 def test_shared_check(name, dims, channels):
     entry, shape = catalog.MODELS[name], (21, 18) if dims == 2 else (10, 13, 9)
     batch = batch_of(shape, channels)
+    if entry.task: batch = with_task(entry.task, batch)
     batches = {"train": batch, "weak": batch | {"label": torch.arange(6) % 2}, "unlabelled": batch}
     unknown = set(entry.exempt) - {*CHECKS, "detects"}
     assert not unknown, f"the catalog exempts {name} from checks that do not exist: {unknown}"
@@ -40,11 +57,12 @@ def test_shared_check(name, dims, channels):
 @pytest.fixture(scope="module")
 def tiny():
     records = brain_records("tiny", "FLAIR")
-    return AnomalyDataModule(**{pool: SliceSet(VolumeSet(found), min_foreground=0.05 if pool == "train" else 1e-9) for pool, found in records.items()})
+    return {pool: SliceSet(VolumeSet(found), min_foreground=0.05 if pool == "train" else 1e-9) for pool, found in records.items()}
 
 
 @pytest.mark.parametrize("name", [n for n, e in catalog.MODELS.items() if "detects" not in e.exempt])
 def test_finds_cohort_lesions(name, tiny):
     seed_everything(0)
-    model = catalog.build(catalog.MODELS, name, "model", channels=tiny.channels, spatial_dims=2, shape=tiny.shape)
-    print(check_detects(model, tiny, pixel_ap, max_seconds=30))
+    data = AnomalyDataModule(**tiny, task=make_task(name))
+    model = catalog.build(catalog.MODELS, name, "model", channels=data.channels, spatial_dims=2, shape=data.shape)
+    print(check_detects(model, data, pixel_ap, max_seconds=30))

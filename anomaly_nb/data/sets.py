@@ -35,8 +35,6 @@ class VolumeSet:
         self.ids = [r.id for r in self.records]
         twice = sorted({i for i in self.ids if self.ids.count(i) > 1}) if len(set(self.ids)) < len(self.ids) else []
         if twice: raise DataError("VolumeSet", f"the id {twice[0]!r} stands for two records", "unique ids")
-        for r in self.records:
-            if len(r.images) != len(self.records[0].images): raise DataError(f"record {r.id!r}", f"has {len(r.images)} channels", f"{len(self.records[0].images)}, as {self.ids[0]!r}")
         self.subjects = [r.subject for r in self.records]
         self.labels = np.array([r.label for r in self.records], dtype=np.int64)
         self._open = OrderedDict()
@@ -60,6 +58,8 @@ def _prepare(self: VolumeSet):
     self._folders = [p.folder for p in found]
     self._memory = found if self.cache is False else None
     self.volumes, self.channels = self, self.infos[0]["shape"][0]
+    for r, info in zip(self.records, self.infos):
+        if info["shape"][0] != self.channels: raise DataError(f"record {r.id!r}", f"has {info['shape'][0]} channels", f"{self.channels}, as {self.ids[0]!r}")
     self.shapes = [tuple(i["shape"][1:]) for i in self.infos]
     self.shape, self.spatial_dims = _common(self.shapes), len(self.shapes[0])
     self.spacing = _common(tuple(round(s, 3) for s in i["meta"]["spacing"]) for i in self.infos)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['zscore', 'rescale', 'Transform', 'ZScore', 'Rescale', 'SelectChannels', 'regrid', 'CropOrPad', 'PadToMultiple',
-           'apply_transforms', 'describe']
+           'resize_weights', 'cover_weights', 'Resize', 'apply_transforms', 'describe', 'wanted_transforms']
 
 # %% ../../nbs/data/140_transforms.ipynb #c003
 import dataclasses
@@ -121,6 +121,39 @@ class PadToMultiple(Transform):
         return regrid(sample, tuple(n + m for n, m in zip(have, more)), [-(m//2) for m in more], self.background)
 
 # %% ../../nbs/data/140_transforms.ipynb #c026
+def resize_weights(old, new):
+    "Weights of bilinear interpolation with anti-aliasing: [new, old], rows sum to 1."
+    s = old/new
+    W = np.maximum(0, 1 - np.abs(np.arange(old) + .5 - s*(np.arange(new)[:, None] + .5))/max(s, 1))
+    return W / W.sum(1, keepdims=True)
+
+def cover_weights(old, new):
+    "Share of each new pixel that lies on each old pixel: [new, old], rows sum to 1."
+    s = old/new
+    left, right = s*np.arange(new)[:, None], s*(np.arange(new)[:, None] + 1)
+    return np.clip(np.minimum(right, np.arange(old) + 1) - np.maximum(left, np.arange(old)), 0, None) / s
+
+# %% ../../nbs/data/140_transforms.ipynb #c027
+@dataclass(frozen=True)
+class Resize(Transform):
+    "The last two axes to `side` x `side`: image bilinear with anti-aliasing; `mask` true where any of a new pixel was; `foreground` and `valid` by majority. Affine and spacing follow."
+    side: int = 256
+
+    def __call__(self, sample):
+        h, w = sample["image"].shape[-2:]
+        bilinear, cover = ((f(h, self.side), f(w, self.side).T) for f in (resize_weights, cover_weights))
+        def masks(a, least): return cover[0] @ a.astype(np.float64) @ cover[1] > least
+        meta, scale = dict(sample["meta"]), np.array([1, h/self.side, w/self.side])
+        if sample["image"].ndim == 4 and "affine" in meta:
+            A = np.asarray(meta["affine"], dtype=float)
+            shape = (sample["image"].shape[1], self.side, self.side)
+            A[:3, 3] += A[:3, :3] @ (scale/2 - .5)                      # the centre of the first new pixel
+            A[:3, :3] *= scale
+            meta |= dict(affine=A.tolist(), spacing=tuple(float(x) for x in np.linalg.norm(A[:3, :3], axis=0)), volume_shape=shape, origin=(0, 0, 0), extent=shape)
+        arrays = {k: (bilinear[0] @ sample[k].astype(np.float64) @ bilinear[1]).astype(np.float32) for k in ("image", "clean", "positive", "anomaly_map") if k in sample}
+        return sample | arrays | {"mask": masks(sample["mask"], 1e-9), "foreground": masks(sample["foreground"], .5 - 1e-9), "valid": masks(sample["valid"], .5 - 1e-9), "meta": meta}
+
+# %% ../../nbs/data/140_transforms.ipynb #c032
 def apply_transforms(sample, transforms):
     "The sample after all transforms, in order; the input stays as it is."
     for transform in transforms: sample = transform(sample)
@@ -129,3 +162,10 @@ def apply_transforms(sample, transforms):
 def describe(transforms):
     "A list of JSON descriptions; anything callable may serve, its qualified name then stands for it."
     return [t.describe() if hasattr(t, "describe") else {"name": f"{t.__module__}.{getattr(t, '__qualname__', type(t).__qualname__)}"} for t in transforms]
+
+# %% ../../nbs/data/140_transforms.ipynb #c036
+def wanted_transforms(records, grid=None):
+    "Transforms that records ask for by `meta[\"resize\"]`, then crop or pad to `grid` (D,H,W) if given. Errors: `DataError` for records that ask for different sizes."
+    sides = sorted({int(r.meta.get("resize") or 0) for r in records})
+    if len(sides) > 1: raise DataError("records", f"ask for different sizes ({', '.join(map(str, sides))}; 0: as it is)", "one size for all records of an experiment")
+    return tuple(Resize(s) for s in sides if s) + ((CropOrPad(tuple(grid), cut=True),) if grid else ())

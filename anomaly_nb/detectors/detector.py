@@ -15,7 +15,7 @@ from ..core import DataError, ParameterError, choose, stable_hash
 # %% ../../nbs/detectors/400_detector.ipynb #c006
 def anomaly_score_of(detector, X):
     "Anomaly score [n], higher = more anomalous, of vectors `X` [n,d] under a fitted scikit-learn estimator. Errors: `ParameterError` (cannot score new vectors), `DataError` (not finite)."
-    X, name = np.asarray(X), type(detector).__name__
+    X, name = np.asarray(X, dtype=np.float64), type(detector).__name__   # the type of the fit: mixed types cost scikit-learn its fast neighbour search
     if not hasattr(detector, "score_samples"):
         hint = "LocalOutlierFactor(novelty=True)" if name == "LocalOutlierFactor" else "a fitted estimator with score_samples"
         raise ParameterError(name, "cannot score new vectors", hint)

@@ -1,0 +1,312 @@
+"""The report as a reader relies on it: known numbers, planted and null differences, joined seeds, text from data that stays text, and run folders that lack something."""
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from anomaly_nb import figures, ranking, report, results
+from anomaly_nb.core import DataError, InputError, write_json
+from anomaly_nb.evaluation import Case, read_slices, save_case_histograms, save_map_slices, save_slices
+from anomaly_nb.metrics.binned import bin_histograms, bootstrap_binned
+from anomaly_nb.metrics.streaming import ScoreHistograms, fit_scale
+from anomaly_nb.metrics.uncertainty import bootstrap_histograms, subject_weights
+
+BAD = '<script>alert(1)</script><img src=x onerror=alert(2)>"\'&'
+SHAPE = (3, 8, 8)
+
+
+def people(n, family="glioma"):
+    "Truth of n healthy and n ill subjects: the same for every method of a test."
+    rng, found = np.random.default_rng(5), []
+    for i in range(2 * n):
+        mask = np.zeros(SHAPE, bool)
+        if i % 2: mask[1, 2:5, 2:5] = True
+        found.append((f"s{i:03d}", mask, rng.normal(), family if i % 2 else "normal"))
+    return found
+
+
+def write_run(place, model, skill, seed=0, n=30, baseline=False, maps=True, slices=False, histograms=True, name=None, mark="", family="glioma", shift=None, **metrics):
+    "A run folder as `evaluate` leaves it, and the pooled (label, score) of its voxels. `skill`: distance of lesion scores from healthy ones; `shift`: skill of this seed only; `mark`: put before ids."
+    own = np.random.default_rng([seed, *map(ord, model)])
+    folder, cases, rows = place/(name or f"evaluate-{model}-{seed}"), [], []
+    (folder/"scores").mkdir(parents=True); (folder/"figures").mkdir(); (folder/"maps").mkdir()
+    for k, (subject, mask, hard, kind_of) in enumerate(people(n, family)):
+        score = own.normal(size=SHAPE) + mask * (skill + (shift or 0)) * (1 + 0.3 * hard)
+        np.save(folder/"maps"/f"{k}.npy", score.astype(np.float32)[None])
+        about = {"family": kind_of if mask.any() else None, "site": f"{mark}{'AB'[k // 2 % 2]}"}
+        cases.append(Case(mark + subject, mark + subject, int(mask.any()), True, about, score[None].astype(np.float32), mask, np.ones(SHAPE, bool), {"residual": folder/"maps"/f"{k}.npy"}))
+        rows.append({"kind": "residual", "id": mark + subject, "subject": mark + subject, "label": int(mask.any()), "family": kind_of, "site": about["site"], "mask_known": True,
+                     "score": own.normal(skill * mask.any() + 0.3 * hard), "voxels": mask.size, "lesion_voxels": mask.sum(), "marked_voxels": int((score > 2).sum()), "dice": 0.1 if mask.any() else None, "ap": average_precision_score(mask.ravel(), score.ravel()) if mask.any() else None})
+    label, score = np.concatenate([c.mask.ravel() for c in cases]), np.concatenate([c.map("residual").ravel() for c in cases])
+    numbers = {"method": model, "baseline": baseline, "image": {"auroc": 0.6}, "counts": {"subjects": 2 * n, "anomalous": n, "mask_unknown": 0}, "protocol": {"text": f"all voxels {mark}", "image_score_from": "fixed"},
+               "subject": {"auroc": roc_auc_score([r["label"] for r in rows], [r["score"] for r in rows])}}
+    if maps:
+        ap = average_precision_score(label, score)
+        numbers |= {"pixel": {"ap": ap, "prevalence": label.mean()}, "families": {family: {"subjects": n, "pixel_ap": ap, "prevalence": label.mean()}}}
+        if histograms: save_case_histograms(cases, cases[::2], "residual", folder/"scores"/"residual.npz")
+        if slices: save_slices(cases, folder/"scores"/"slices.npz"); save_map_slices(cases, cases[::2], "residual", folder/"scores"/"slices-residual.npz")
+    pd.DataFrame(rows).to_csv(folder/"scores"/"subjects.csv", index=False)
+    if not baseline: pd.DataFrame({"stage": f"train{mark}", "epoch": range(3), "train_loss": [3., 2, 1], "val_loss": [3., 2, 2]}).to_csv(folder/"scores"/"history.csv", index=False)
+    write_json(folder/"metrics.json", {"dataset": "toy", "size": "tiny", "contrast": "T1", "dims": 3, "model": model, "model_options": "", "seed": seed, "baseline": baseline, "kinds": {"residual": numbers}, **metrics})
+    write_json(folder/"params.json", {"parameters": {"model": model, "seed": seed, "epochs": 3, "path": f"/elsewhere/{folder.name}"}})
+    write_json(folder/"provenance.json", {"commit": "c0ffee" + mark, "dirty": True, "wall_seconds": 3.0, "peak_memory_mib": 100, "device": f"cpu{mark}", "versions": {"torch": "2"}, "data_manifest": {"test": "cafe"}})
+    return folder
+
+
+class Seen(HTMLParser):
+    "What a browser would make of a page: names of elements and of event attributes, addresses, and the text."
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.events, self.links, self.text = set(), set(), [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.events |= {a for a, _ in attrs if a.startswith("on")}
+        self.links += [v for a, v in attrs if a in ("src", "href", "srcset", "action", "data", "poster")]
+
+    def handle_data(self, data): self.text += data
+
+
+def write(folders, place, **more):
+    "(table, page) of a report."
+    table = report.write_report(folders, place/"report.html", n_boot=more.pop("n_boot", 300), **more)
+    return table, (place/"report.html").read_text(encoding="utf-8")
+
+
+def group_of(folders):
+    found, = results.comparable([results.read_result(f) for f in folders])
+    return found
+
+
+def test_known_numbers_a_planted_and_a_null_difference(tmp_path):
+    folders = [write_run(tmp_path, "good", 2.5), write_run(tmp_path, "twin1", 1.2), write_run(tmp_path, "twin2", 1.2), write_run(tmp_path, "base", 0.3, baseline=True)]
+    group = group_of(folders)
+    found = ranking.scores(group)
+    for f in folders:                                                       # the truth is scikit-learn's on the pooled voxels
+        m = json.loads((f/"metrics.json").read_text())
+        assert found[m["model"]]["voxel AP", ""].value == pytest.approx(m["kinds"]["residual"]["pixel"]["ap"], abs=1e-6)
+        assert found[m["model"]]["subject AUROC", ""].value == pytest.approx(m["kinds"]["residual"]["subject"]["auroc"])
+    said = lambda a, b: ranking.verdict(ranking.versus(found[a]["voxel AP", ""], found[b]["voxel AP", ""]))
+    assert said("good", "twin1") == "better" and said("base", "good") == "worse"
+    assert said("twin1", "twin2") == "undecided"
+    table, page = write(folders, tmp_path)
+    assert table["method"].tolist()[0] == "good" and table.set_index("method").loc["good", "against"] == "better"
+    assert "good has the highest" in page and "is better than the best baseline, base" in page and "It is better than every other method here." in page
+    assert "one training seed" in page and "One training seed:" in page
+
+
+def test_intervals_are_those_of_the_exact_bootstrap(tmp_path):
+    "The thousand levels of the report against all 65 536, on the same draws."
+    folder = write_run(tmp_path, "good", 1.0)
+    result = results.read_result(folder)
+    from anomaly_nb.metrics.streaming import load_histograms
+    exact = load_histograms(folder/"scores"/"residual.npz")
+    weights = subject_weights(60, 300, strata=[bool(exact.regions[s]) for s in exact.subjects])
+    slow, fast = bootstrap_histograms(exact, weights)["ap"], bootstrap_binned(ranking.read_binned(result, "residual"), weights)["ap"]
+    assert np.abs(slow - fast).max() < 0.003
+
+
+def test_equal_methods_are_never_ordered_in_words(tmp_path):
+    "Six pairs of methods without a difference: at most two are decided, and an undecided one is never called better."
+    decided = 0
+    for k in range(6):
+        folders = [write_run(tmp_path/str(k), f"a{k}", 1.0), write_run(tmp_path/str(k), f"b{k}", 1.0)]
+        group = group_of(folders)
+        found = ranking.scores(group, n_boot=300)
+        names, pairs = ranking.compare(group, found)
+        undecided = ranking.verdict(pairs[tuple(names)]) == "undecided"
+        decided += not undecided
+        assert ("better than every" in ranking.summary(group, found)[0]) == (not undecided)
+    assert decided <= 2
+
+
+def test_seeds_are_joined_and_widen_the_interval(tmp_path):
+    "Three trainings of very different luck: one row, the mean, and an interval that knows about training; a missing seed is said."
+    folders = [write_run(tmp_path, "net", 1.5, seed=s, shift=shift) for s, shift in enumerate((-0.9, 0.0, 0.9))] + [write_run(tmp_path, "other", 1.2, seed=s) for s in (0, 1)] + [write_run(tmp_path, "base", 0.2, baseline=True)]
+    group = group_of(folders)
+    joined = ranking.scores(group)["net"]["voxel AP", ""]
+    each = [json.loads((f/"metrics.json").read_text())["kinds"]["residual"]["pixel"]["ap"] for f in folders[:3]]
+    assert joined.value == pytest.approx(np.mean(each), abs=1e-6)
+    single = ranking.scores(group_of(folders[1:2]))["net"]["voxel AP", ""]
+    assert np.ptp(np.quantile(joined.draws, [.025, .975])) > 1.5 * np.ptp(np.quantile(single.draws, [.025, .975]))
+    table, page = write(folders, tmp_path)
+    assert table["method"].tolist().count("net") == 1 and table.set_index("method")["seeds"].to_dict() == {"net": 3, "other": 2, "base": 1}
+    assert "3 training seeds" in page and "Without training seed 2: other." in page
+    assert "Without training seed 1, 2: base" not in page                     # a baseline needs one run
+
+
+def test_runs_of_other_data_are_never_in_one_table(tmp_path):
+    folders = [write_run(tmp_path, "net", 1.0), write_run(tmp_path, "net", 1.0, name="T2", contrast="T2"), write_run(tmp_path, "net", 1.0, name="options", data_options="lesion_contrast=0.5"), write_run(tmp_path, "net", 1.0, name="set")]
+    write_json(folders[3]/"provenance.json", {"data_manifest": {"test": "another"}})
+    groups = results.comparable([results.read_result(f) for f in folders])
+    assert len(groups) == 4 and len({g.heading for g in groups}) == 4 and all(len(g.methods) == 1 for g in groups)
+    table, page = write([folders[0], folders[3]], tmp_path)                            # one name, two test sets
+    assert table["data"].nunique() == 2 and "2 groups of runs" in page
+    assert page.count('class="summary"') == 2 and "minus the leader" not in page       # nothing to compare within a group
+
+
+def test_text_from_data_stays_text(tmp_path):
+    name = 'evaluate-<b>x"-onerror=1'
+    folder = write_run(tmp_path, f"net {BAD}", 1.5, name=name, mark=BAD, family=f"fam {BAD}", slices=True, model_options=f"path={BAD}", contrast=BAD)
+    other = write_run(tmp_path, "base", 0.2, mark=BAD, family=f"fam {BAD}", baseline=True, slices=True, contrast=BAD)
+    (folder/"figures"/"panel-<i>&.png").write_bytes(b"\x89PNG small")
+    table, page = write([folder, other], tmp_path, failed=[(f"run {BAD}", f"cell 3\nValueError: {BAD}\n\nTraceback {BAD}\n  last {BAD}")])
+    seen = Seen(page)
+    assert not seen.tags & {"script", "iframe", "object", "embed", "link", "b", "i", "base", "form"} and not seen.events
+    assert BAD in seen.text and "ValueError: " + BAD in seen.text               # and what was written is read
+    assert "<script" not in page and "<img src=x" not in page
+    assert BAD in " ".join(table["method"])
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    table, page = write([write_run(tmp_path, "net", 1.5, slices=True), write_run(tmp_path, "base", 0.5, baseline=True, slices=True)], tmp_path)
+    links = Seen(page).links
+    assert links and all(v.startswith(("data:image/png;base64,", "#")) for v in links)
+    written = re.sub(r'src="data:[^"]*"', "", page)                              # pictures may spell anything
+    assert not any(word in written for word in ("http:", "https:", "url(", "@import", "//"))
+    anchors = {v[1:] for v in links if v.startswith("#")}
+    assert anchors and all(f'id="{a}"' in page for a in anchors)                # the contents lead somewhere
+    assert len(page) < 8e6 and "Contour: truth." in page and "<figure>" in page.split("Cases</h3>")[1][:40]
+
+
+def test_a_method_without_maps_is_named_and_stays_out_of_voxel_tables(tmp_path):
+    folders = [write_run(tmp_path, "net", 1.5), write_run(tmp_path, "labels", 2.5, maps=False), write_run(tmp_path, "base", 0.3, baseline=True)]
+    table, page = write(folders, tmp_path)
+    row = table.set_index("method").loc["labels"]
+    assert row["voxel AP"] is None or np.isnan(row["voxel AP"])
+    assert np.isfinite(row["subject AUROC"]) and row["subject AUROC interval"] is not None
+    assert "Without maps, and so in no voxel table: labels." in page
+    group = group_of(folders)
+    found = ranking.scores(group)
+    assert "labels" not in ranking.best_kinds(group, found) and "labels" in ranking.best_kinds(group, found, "subject AUROC")
+    assert "labels" not in report.family_html(group, ranking.scores(group, families=["glioma"]), ranking.families(group), "voxel AP", ["net", "labels", "base"])
+    write([folders[1]], tmp_path)                                              # alone, too
+
+
+def test_failed_runs_are_told_with_the_end_of_their_traceback(tmp_path):
+    long = "cell 4\nRuntimeError: out of memory\n\n" + "\n".join(f"line {i}" for i in range(100))
+    _, page = write([write_run(tmp_path, "net", 1.0)], tmp_path, failed=[("evaluate-brain-vae", long), ("evaluate-brain-ae", "ended by signal 9"), ("silent", "")])
+    text = Seen(page).text
+    assert "3 failed" in text and "RuntimeError: out of memory" in text and "line 99" in text and "line 50" not in text
+    assert "ended by signal 9" in text and "no message" in text
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_subject_decides_nothing(tmp_path, n):
+    folders = [write_run(tmp_path, "net", 3.0, n=n, slices=True), write_run(tmp_path, "base", 0.1, n=n, baseline=True, slices=True)]
+    table, page = write(folders, tmp_path)
+    assert table["against"].tolist() == ["undecided", ""] and "every order of methods is undecided" in page
+    assert "is better than" not in page and "Undecided: fewer than 20 subjects in glioma" in page
+
+
+def test_a_healthy_test_set_has_no_ranking_and_a_page(tmp_path):
+    "A person's own healthy scans: no lesion, no AP, no AUROC; the share of marked voxels is what there is to say."
+    folder = write_run(tmp_path, "net", 1.0)
+    metrics = json.loads((folder/"metrics.json").read_text())
+    numbers = metrics["kinds"]["residual"]
+    numbers |= {"pixel": {"ap": None, "prevalence": 0.0}, "subject": {"auroc": None}, "families": {}, "image": {"auroc": None}}
+    write_json(folder/"metrics.json", metrics)
+    rows = pd.read_csv(folder/"scores"/"subjects.csv")
+    rows[rows["label"] == 0].drop(columns=["ap", "dice"]).assign(marked_voxels=48).to_csv(folder/"scores"/"subjects.csv", index=False)
+    table, page = write([folder], tmp_path)
+    assert "not known for any method" in page and table["healthy marked"][0] == pytest.approx(0.25)
+    assert ">25.0<" in page
+
+
+def test_a_patient_without_a_mask_is_shown(tmp_path):
+    "Own scans: healthy ones and a patient whose lesion nobody drew. No AP, but a case with its map, marked unknown."
+    folder = write_run(tmp_path, "net", 1.0, slices=True)
+    metrics, path = json.loads((folder/"metrics.json").read_text()), folder/"scores"/"subjects.csv"
+    metrics["kinds"]["residual"] |= {"pixel": {"ap": None, "prevalence": 0.0}, "subject": {"auroc": 0.9}, "families": {"glioma": {"subjects": 1, "subject_auroc": 0.9}}}
+    write_json(folder/"metrics.json", metrics)
+    rows = pd.read_csv(path)
+    rows = pd.concat([rows[rows["label"] == 0], rows[rows["label"] == 1].iloc[:1].assign(mask_known=False, ap=np.nan, dice=np.nan, lesion_voxels=np.nan)])
+    rows.to_csv(path, index=False)
+    group = group_of([folder])
+    fig, rule = figures.panel_figure(group, ["net"])
+    assert fig is not None and "cases by the score of net" in rule
+    table, page = write([folder], tmp_path)
+    assert "Voxel AP: not known for any method" in page and "every order of methods is undecided" in page
+
+
+def test_run_folders_that_lack_something(tmp_path):
+    "No scores at all, no slices, no history, an older metrics.json: a page nevertheless; a broken file is named."
+    bare = write_run(tmp_path, "bare", 1.0)
+    for path in (bare/"scores").iterdir(): path.unlink()
+    old = write_run(tmp_path, "old", 1.0, histograms=False)
+    metrics = json.loads((old/"metrics.json").read_text())
+    for key in ("protocol", "counts", "families", "method", "baseline"): metrics["kinds"]["residual"].pop(key)
+    write_json(old/"metrics.json", metrics)
+    table, page = write([bare, old, write_run(tmp_path, "net", 1.0)], tmp_path)
+    assert set(table["method"]) == {"bare", "old", "net"} and "no panels" in page
+    assert table.set_index("method").loc["bare", "voxel AP interval"] is None
+    (old/"scores"/"binned-residual.npz").write_bytes(b"broken")
+    with pytest.raises(DataError, match="binned-residual.npz"): write([old], tmp_path)
+    with pytest.raises(InputError, match="no runs"): report.write_report([], tmp_path/"none.html")
+    assert not (tmp_path/"none.html").exists()
+
+
+def test_textures_and_pictures_are_no_population(tmp_path):
+    _, page = write([write_run(tmp_path, "net", 1.0, dataset="textures")], tmp_path)
+    assert "crops of one photograph" in page and "nothing about a population" in page and "embedded cohort" in page
+    _, page = write([write_run(tmp_path, "net", 1.0, dataset="mvtec", name="mvtec")], tmp_path)
+    assert "Intervals are over pictures" in page and "embedded cohort" not in page
+
+
+def test_the_terminal_table(tmp_path, monkeypatch):
+    "Names with brackets are names; one line a method; the columns fit."
+    table, _ = write([write_run(tmp_path, "net [red]x[/red]", 1.5, seed=s) for s in (0, 1)] + [write_run(tmp_path, "base", 0.2, baseline=True)], tmp_path)
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    report.print_table(table)
+    lines = out.getvalue().splitlines()
+    assert sum("net [red]x[/red]" in line for line in lines) == 1 and max(map(len, lines)) <= 130
+    assert "0.0" in out.getvalue() and "better" in out.getvalue() and "and seeds" in out.getvalue()
+
+
+def test_stored_slices_of_pictures_and_odd_sizes(tmp_path):
+    "Single pictures (D = 1) of different sizes, one larger than is kept; rarity is in [0, 4] and 0 where nothing counts."
+    rng, cases = np.random.default_rng(0), []
+    for k, (h, w) in enumerate(((20, 30), (33, 12), (600, 400))):
+        value = rng.normal(size=(1, 1, h, w)).astype(np.float32)
+        inside = np.ones((1, h, w), bool); inside[0, :3] = False
+        value[0][~inside] = np.nan
+        np.save(tmp_path/f"{k}.npy", value)
+        mask = np.zeros((1, h, w), bool); mask[0, 10, 5] = k > 0
+        cases.append(Case(f"{BAD}{k}", f"{k}", int(k > 0), True, {"family": "cut"}, np.nan_to_num(value), mask, inside, {"map": tmp_path/f"{k}.npy"}))
+    save_slices(cases, tmp_path/"scores"/"slices.npz"); save_map_slices(cases, cases[:1], "map", tmp_path/"scores"/"slices-map.npz")
+    kept, rarity = read_slices(tmp_path), read_slices(tmp_path, "map")
+    assert kept[f"{BAD}2"]["shape"] == (200, 134) and kept[f"{BAD}2"]["mask"].sum() == 1 and kept[f"{BAD}0"]["mask"].sum() == 0
+    for i, r in rarity.items():
+        assert r.min() >= 0 and r.max() <= np.log10(20 * 30) and (r[~kept[i]["counted"]] == 0).all()
+
+
+def test_the_same_subjects_are_drawn_for_methods_and_others_are_not_compared(tmp_path):
+    one, two = write_run(tmp_path, "one", 1.0), write_run(tmp_path, "two", 1.0, n=29)
+    group = group_of([one, two])                                              # the same hash by mistake, other subjects
+    found = ranking.scores(group, n_boot=100)
+    assert ranking.versus(found["one"]["voxel AP", ""], found["two"]["voxel AP", ""]) is None
+    table, page = write([one, two], tmp_path)
+    assert "not comparable" in page
+
+
+def test_binned_levels_are_exact_where_nothing_can_be_joined():
+    "Few scores: every level stays alone but for ties, so the AP is that of scikit-learn."
+    rng = np.random.default_rng(0)
+    label, score = rng.random((6, 1, 4, 4)) < 0.3, rng.normal(size=(6, 1, 4, 4)).astype(np.float32)
+    h = ScoreHistograms(fit_scale(score))
+    for i in range(6): h.add(f"s{i}", label[i], score[i])
+    assert bootstrap_binned(bin_histograms(h), np.ones((1, 6)))["ap"][0] == pytest.approx(average_precision_score(label.ravel(), score.ravel()), abs=1e-6)
+
+
+def test_colours_are_distinct_for_twelve_methods(tmp_path):
+    folders = [write_run(tmp_path, f"net{i}", 1.0, n=2) for i in range(7)] + [write_run(tmp_path, f"base{i}", 1.0, n=2, baseline=True) for i in range(5)]
+    group = group_of(folders)
+    styles = figures.line_styles(group, [m.name for m in group.methods])
+    assert len({(s["color"], str(s["linestyle"])) for s in styles.values()}) == 12

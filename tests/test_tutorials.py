@@ -1,0 +1,46 @@
+"""Every exercise of the tutorials: the stub fails its check, the solution passes it."""
+import json
+import re
+
+import matplotlib
+import pytest
+
+from house import ROOT
+
+TUTORIALS = sorted((ROOT/"nbs"/"tutorials").glob("*.ipynb"))
+
+
+def steps(path):
+    "The notebook as a list of ('code', text) and ('exercise', stub, check, solution)."
+    cells, found, waiting = json.loads(path.read_text(encoding="utf-8"))["cells"], [], []
+    for cell in cells:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code" and re.match(r"#\|\s*exercise", text): waiting.append(text)
+        elif cell["cell_type"] == "code": found.append(("code", text))
+        elif waiting:
+            solution = re.search(r"<details><summary>Solution</summary>.*?```python\n(.*?)```", text, re.S)
+            assert solution, f"{path.name}: an exercise without a solution below it"
+            assert len(waiting) == 2, f"{path.name}: an exercise has a stub and a check, here are {len(waiting)} cells"
+            found.append(("exercise", *waiting, solution.group(1)))
+            waiting = []
+    assert not waiting, f"{path.name}: the last exercise has no solution"
+    return found
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
+def test_stubs_fail_and_solutions_pass(path, monkeypatch):
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    monkeypatch.chdir(path.parent)
+    space, exercises = {"__name__": "tutorial"}, 0
+    for kind, *texts in steps(path):
+        if kind == "code": exec(texts[0], space)
+        else:
+            stub, check, solution = texts
+            exec(stub, space)
+            with pytest.raises(NotImplementedError): exec(check, space)
+            exec(solution, space)
+            exec(check, space)
+            exercises += 1
+        plt.close("all")
+    assert exercises >= 2, "a tutorial has exercises"

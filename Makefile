@@ -21,7 +21,7 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,test]"
 	touch $@
 
-demo: .venv/ready  ## environment, embedded cohort, five detectors compared, report
+demo: .venv/ready  ## environment, embedded cohort, eight detectors compared, report
 	$(BIN)/anomaly-nb demo --size $(SIZE)
 
 test: .venv/ready  ## export check, every notebook, pytest
@@ -47,7 +47,7 @@ outputs: export  ## execute the chapters and store their outputs
 	$(BIN)/python tests/outputs.py store
 
 docs: .venv/ready  ## the notebooks as web pages, in _docs/
-	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb nbs/data/*.ipynb nbs/tasks/*.ipynb nbs/models/*.ipynb nbs/detectors/*.ipynb nbs/metrics/*.ipynb
+	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb nbs/data/*.ipynb nbs/tasks/*.ipynb nbs/models/*.ipynb nbs/detectors/*.ipynb nbs/metrics/*.ipynb nbs/methods/*.ipynb nbs/tutorials/*.ipynb
 
 gpu-check:  ## every model of the catalog on a GPU against the CPU (needs a CUDA device)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu_check.py

@@ -670,6 +670,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'anomaly_nb.experiment.make_task': ('experiment.html#make_task', 'anomaly_nb/experiment.py'),
                                        'anomaly_nb.experiment.provenance': ('experiment.html#provenance', 'anomaly_nb/experiment.py'),
                                        'anomaly_nb.experiment.read_grid': ('experiment.html#read_grid', 'anomaly_nb/experiment.py'),
+                                       'anomaly_nb.experiment.told': ('experiment.html#told', 'anomaly_nb/experiment.py'),
                                        'anomaly_nb.experiment.versions': ('experiment.html#versions', 'anomaly_nb/experiment.py')},
             'anomaly_nb.figures': { 'anomaly_nb.figures._cut': ('figures.html#_cut', 'anomaly_nb/figures.py'),
                                     'anomaly_nb.figures._panel_row': ('figures.html#_panel_row', 'anomaly_nb/figures.py'),

@@ -239,6 +239,9 @@ def main(argv=None):
     except InputError as error:
         print(f"anomaly-nb: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:   # anomaly-nb data list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"anomaly-nb: {error.filename or 'file system'}: {error.strerror}", file=sys.stderr)
         return 2

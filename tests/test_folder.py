@@ -142,6 +142,31 @@ def test_an_npz_alone_and_its_parts(tmp_path):
     assert not hidden["mask"].any()                                        # unknown is unknown, whatever the file holds
 
 
+class Harm:
+    "A pickle that leaves a file behind when it is read."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+def test_a_pickle_inside_an_npz_never_runs(tmp_path):
+    np.savez(tmp_path / "a.npz", image=np.array([Harm(tmp_path / "ran"), 1], dtype=object))
+    with pytest.raises(DataError, match="a.npz.*object array"): load_record(Record("a", "a", (str(tmp_path / "a.npz"),)))
+    np.load(tmp_path / "a.npz", allow_pickle=False).close()
+    assert not (tmp_path / "ran").exists()
+    np.load(tmp_path / "a.npz", allow_pickle=True)["image"]
+    assert (tmp_path / "ran").exists()                                     # it would have
+
+
+def test_every_flipped_bit_of_a_png_is_noticed(tmp_path):
+    png(tmp_path / "a.png")
+    raw = (tmp_path / "a.png").read_bytes()
+    for at in range(8, raw.find(b"IEND") - 4):                             # the end marker holds nothing
+        (tmp_path / "b.png").write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1:])
+        with pytest.raises(DataError, match="b.png"): read_picture(tmp_path / "b.png")
+    (tmp_path / "b.png").write_bytes(raw[:-14])
+    with pytest.raises(DataError, match="b.png"): read_picture(tmp_path / "b.png")
+
+
 def test_channels_must_agree_across_records(tmp_path):
     png(tmp_path / "grey.png"); png(tmp_path / "rgb.png", shape=(16, 14, 3))
     with pytest.raises(DataError, match="'rgb'.*has 3 channels"): VolumeSet([Record(n, n, (str(tmp_path / f"{n}.png"),)) for n in ("grey", "rgb")], cache=tmp_path / "cache")
@@ -372,6 +397,10 @@ def test_mvtec_pictures_are_resized_on_the_way(industrial, tmp_path):
     volumes = VolumeSet(records["test"], (*wanted_transforms(records["test"]), ZScore()), tmp_path / "cache")
     assert volumes.shape == (1, 10, 10) and volumes.spacing == (1.0, 4.0, 4.0)
     assert sorted({int(volumes[i]["mask"].sum()) for i in range(len(volumes))}) == [0, 1]                # 4 x 4 pixels become one
+    thin = load_record(records["test"][0])
+    thin |= {"mask": np.zeros_like(thin["mask"]), "label": 1}
+    thin["mask"][0, 0, 5] = True
+    assert Resize(10)(thin)["mask"][0, 0].any(1).tolist() == [i == 1 for i in range(10)]                # a scratch one pixel wide stays
 
 
 @pytest.mark.parametrize("break_it,said", [(lambda r: (r / "bottle/ground_truth/contamination/001_mask.png").unlink(), "001_mask.png: the mask is missing"), (lambda r: shutil.rmtree(r / "bottle/test"), "holds no folders"),

@@ -24,6 +24,7 @@ class Embeddings:
     shape: tuple = ()
     origin: tuple = ()
     stride: tuple = ()
+    affines: dict = field(default_factory=dict, repr=False)    # of each volume, where known
 
     def __len__(self): return len(self.index)
 
@@ -57,7 +58,7 @@ def open_embeddings(folder):
         cells = np.load(folder/"cells.npy", mmap_mode="r", allow_pickle=False) if values.ndim > 2 else None
     except (OSError, ValueError, EOFError) as error: raise DataError(folder, f"holds no readable embeddings ({type(error).__name__}: {error})", "embeddings.npy, embeddings.json and cells.npy, as predict(..., embed=True) writes them") from None
     if len(values) != len(about["index"]): raise DataError(folder/"embeddings.json", f"names {len(about['index'])} rows", f"{len(values)}, the rows of embeddings.npy")
-    return Embeddings(values, cells, about["index"], tuple(about.get("shape", ())), tuple(about.get("grid_origin", ())), tuple(about.get("grid_stride", ())))
+    return Embeddings(values, cells, about["index"], tuple(about.get("shape", ())), tuple(about.get("grid_origin", ())), tuple(about.get("grid_stride", ())), about.get("affines", {}))
 
 # %% ../../nbs/detectors/410_embeddings.ipynb #c012
 def sample_vectors(embeddings, count, seed=0):
@@ -79,10 +80,10 @@ def _weights(count, cells, origin, stride):
     return np.clip(1 - np.abs(place[:, None] - np.arange(cells)), 0, None)
 
 def spread(values, cells, shape, origin, stride):
-    "Scores of cells [*grid] over voxels [*shape] float32: linear between the centres of the `cells` (bool [*grid]) that count, 0 where none is near."
+    "Scores of cells [*grid] over voxels [*shape] float32: linear between the centres of the `cells` (bool [*grid]) that count, NaN where none is near."
     maps = []
     for grid in (np.where(cells, values, 0.0), cells.astype(np.float64)):
         for axis, (n, o, t) in enumerate(zip(shape, origin, stride)):
             grid = np.moveaxis(np.tensordot(_weights(n, grid.shape[axis], o, t), grid, (1, axis)), 0, axis)
         maps.append(grid)
-    return np.divide(maps[0], maps[1], out=np.zeros(shape), where=maps[1] > 1e-9).astype(np.float32)
+    return np.divide(maps[0], maps[1], out=np.full(shape, np.nan), where=maps[1] > 1e-9).astype(np.float32)

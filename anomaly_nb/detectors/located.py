@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 
 from ..core import DataError, ParameterError, track
-from .detector import Locations, anomaly_score_of, calibrated, rescaled
+from .detector import calibrated, rescaled
 from .oneclass import fit_detector
 
 # %% ../../nbs/detectors/430_located.ipynb #c006
@@ -24,7 +24,7 @@ def offset_of(detector):
 class PerLocation(BaseEstimator):
     """A clone of `detector` for each location. Fitted: `detectors_` (None where the vectors are constant), `offsets_` [L] (ceilings, 0 where constant), `constant_` [L] bool, `n_constant_`.
 
-    `locations`: the `Locations` that it is fitted for; score with other ones and it refuses."""
+    `locations`: the `Locations` that it is fitted for; pass those of the scored vectors to `score_samples` and others are refused."""
     def __init__(self, detector=None, locations=None): self.detector, self.locations = detector, locations
 
     def fit(self, X, y=None):
@@ -39,12 +39,13 @@ class PerLocation(BaseEstimator):
         self.n_constant_, self.n_features_in_ = int(self.constant_.sum()), X.shape[2]
         return self
 
-    def score_samples(self, X):
-        "scikit-learn's score (higher = more normal) of X [L,m,D]: [L,m]; 0 at constant locations."
+    def score_samples(self, X, locations=None):
+        "scikit-learn's score (higher = more normal) of X [L,m,D]: [L,m]; NaN at constant locations. `locations`: where X lies, checked against those of the fit."
         check_is_fitted(self, "detectors_")
         X = _three_axes(X, "PerLocation.score_samples")
         if len(X) != len(self.detectors_) or X.shape[2] != self.n_features_in_: raise DataError("PerLocation.score_samples", f"got {X.shape}", f"[{len(self.detectors_)}, m, {self.n_features_in_}], as fitted")
-        return np.stack([np.zeros(X.shape[1]) if d is None else -anomaly_score_of(d, vectors) for d, vectors in zip(self.detectors_, X)])
+        if locations is not None and self.locations is not None: self.locations.check(locations)
+        return np.stack([np.full(X.shape[1], np.nan) if d is None else d.score_samples(vectors.astype(np.float64)) for d, vectors in zip(self.detectors_, X)])
 
     def decision_function(self, X):
         "`score_samples` minus rho of each location [L,m]. Errors: `ParameterError` for detectors without a rho."
@@ -73,8 +74,9 @@ def neighbours_of(locations, radius=1):
 def location_scores(detector, X, held_out=None, neighbours=None):
     """The named anomaly scores of `X` [L,m,D] under a fitted `PerLocation`: `{raw, rescaled (where there is a rho), calibrated (with held_out)}`, each [L,m], higher = more anomalous.
 
-    `held_out` [L,h,D]: normals that took no part in the fit; `neighbours`: for each location the indices whose held-out normals are pooled (default: its own)."""
-    def plain(X): return -detector.decision_function(X) if detector.offsets_ is not None else np.stack([-row for row in detector.score_samples(X)])
+    `held_out` [L,h,D]: normals that took no part in the fit; `neighbours`: for each location the indices whose held-out normals are pooled (default: its own).
+    At constant locations each subject gets the lowest score that it has elsewhere."""
+    def plain(X): return -(detector.decision_function(X) if detector.offsets_ is not None else detector.score_samples(X))
     raw = plain(X)
     scores = {"raw": raw}
     if detector.offsets_ is not None: scores["rescaled"] = rescaled(raw, detector.offsets_)
@@ -82,5 +84,8 @@ def location_scores(detector, X, held_out=None, neighbours=None):
         base = scores.get("rescaled", raw)
         normal = rescaled(plain(held_out), detector.offsets_) if detector.offsets_ is not None else plain(held_out)
         pooled = [normal[around][~detector.constant_[around]].ravel() for around in (neighbours or [[i] for i in range(len(raw))])]
-        scores["calibrated"] = np.stack([calibrated(row[None], some[None])[0] if len(some) and not flat else np.zeros(len(row)) for row, some, flat in zip(base, pooled, detector.constant_)])
+        scores["calibrated"] = np.stack([calibrated(row[None], some[None])[0] if len(some) and not flat else np.full(len(row), np.nan) for row, some, flat in zip(base, pooled, detector.constant_)])
+    for values in scores.values():
+        silent = detector.constant_ | np.isnan(values).any(1)
+        values[silent] = values[~silent].min(0)
     return scores

@@ -84,7 +84,7 @@ def cells_in(foreground, origin, stride, grid):
 # %% ../../nbs/models/305_predict.ipynb #c014
 class _Embeddings:
     "Writes embeddings [B,...] to `embeddings.npy` (N rows, memory-mapped), cells in the organ to `cells.npy`, and who they belong to to `embeddings.json`."
-    def __init__(self, folder, count): self.folder, self.count, self.array, self.cells, self.index, self.grid = folder, count, None, [], [], {}
+    def __init__(self, folder, count): self.folder, self.count, self.array, self.cells, self.index, self.grid, self.affines = folder, count, None, [], [], {}, {}
 
     def add(self, answer, pieces, foreground):
         values = answer["embedding"].detach().float().cpu().numpy()
@@ -93,6 +93,7 @@ class _Embeddings:
             self.array = np.lib.format.open_memmap(self.aside, mode="w+", dtype=np.float32, shape=(self.count, *values.shape[1:]))
             self.grid = {k: [int(v) for v in answer[k]] for k in ("grid_origin", "grid_stride") if k in answer} | {"shape": list(foreground.shape[2:])}
         self.array[len(self.index):len(self.index) + len(values)] = values
+        self.affines |= {p["meta"].get("volume", p["id"]): p["meta"]["affine"] for p in pieces if "affine" in p["meta"]}
         if "grid_stride" in self.grid: self.cells.append(cells_in(foreground.cpu(), self.grid["grid_origin"], self.grid["grid_stride"], values.shape[2:]).numpy())
         self.index += [dict(row=len(self.index) + n, id=p["id"], subject=p["subject"], label=p["label"], volume=p["meta"].get("volume", p["id"]), **{k: p["meta"].get(k) for k in ("origin", "extent", "volume_shape")}) for n, p in enumerate(pieces)]
 
@@ -101,7 +102,7 @@ class _Embeddings:
         del self.array
         self.aside.replace(self.folder/"embeddings.npy")
         if self.cells: np.save(self.folder/"cells.npy", np.concatenate(self.cells))
-        write_json(self.folder/"embeddings.json", dict(self.grid, index=self.index))
+        write_json(self.folder/"embeddings.json", dict(self.grid, affines=self.affines, index=self.index))
 
 # %% ../../nbs/models/305_predict.ipynb #c015
 class _Predictor(Part):

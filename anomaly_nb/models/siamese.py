@@ -105,7 +105,7 @@ def windows_at(x, centres, size):
 
 # %% ../../nbs/models/350_siamese.ipynb #c022
 def random_centres(inside, count):
-    "`count` voxels [B,count,dims] of each `inside` [B,1,*spatial], drawn with replacement by torch's generator; images without any give voxel 0."
+    "`count` voxels [B,count,dims] of each `inside` [B,1,*spatial], drawn with replacement by torch's generator; any voxel where an image has none inside."
     shape = inside.shape[2:]
     flat = torch.multinomial(inside.flatten(1).float() + 1e-9, count, replacement=True)
     return torch.stack(torch.unravel_index(flat, shape), -1)
@@ -156,7 +156,7 @@ def parts(self: SiameseAutoencoder, batch):
 # %% ../../nbs/models/350_siamese.ipynb #c030
 @patch
 def reconstruct(self: SiameseAutoencoder, batch):
-    "The image drawn from all windows that touch the organ [B,C,*spatial]."
+    "The image drawn from every second window of the grid that is near the organ [B,C,*spatial]."
     x, dims = batch["image"] * batch["foreground"], self.hparams.spatial_dims
     step = 2 * self.net.stride
     z = self.net.dense(x)[(slice(None), slice(None), *[slice(None, None, 2)] * dims)]

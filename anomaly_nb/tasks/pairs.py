@@ -26,7 +26,7 @@ def places(source):
 # %% ../../nbs/tasks/210_pairs.ipynb #c010
 @dataclasses.dataclass
 class Pairs(Task):
-    "Adds `positive` [C,*spatial], another subject of the bound source at the same place (`location=\"same\"`) or anywhere (`\"random\"`). The image stays as it is, the target is empty. Errors: `PoolError` without another subject."
+    "Adds `positive` [C,*spatial], another subject of the bound source at the same place (`location=\"same\"`) or any other piece of it (`\"random\"`); 0 outside of its organ. The image stays as it is, the target is empty. Errors: `PoolError` without another subject."
     location: str = "same"
     needs_source = True
 
@@ -42,7 +42,7 @@ class Pairs(Task):
     def apply(self, sample, rng):
         partner = self.other(sample, rng) if self.location == "random" else self.source[int(rng.choice(self.partners(sample)))]
         if partner["image"].shape != sample["image"].shape: raise DataError(f"sample {partner['id']!r}", f"has the shape {partner['image'].shape}", f"{sample['image'].shape}, as {sample['id']!r}")
-        return dict(image=sample["image"].copy(), target=np.zeros((1, *sample["image"].shape[1:])), positive=partner["image"])
+        return dict(image=sample["image"].copy(), target=np.zeros((1, *sample["image"].shape[1:])), positive=partner["image"] * partner["foreground"])
 
 # %% ../../nbs/tasks/210_pairs.ipynb #c011
 @patch

@@ -7,7 +7,7 @@ __all__ = ['offset_of', 'PerLocation', 'neighbours_of', 'location_scores']
 
 # %% ../../nbs/detectors/430_located.ipynb #c003
 import numpy as np
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from ..core import DataError, ParameterError, track

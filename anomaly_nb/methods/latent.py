@@ -139,19 +139,18 @@ class _Output:
     def __post_init__(self):
         self.base = {name: json.loads((self.folder/f"{name}.json").read_text(encoding="utf-8")) for name in ("rows", "pieces")}
         self.first = self.base["rows"][0]["kind"]
+        self.known = {name: {r["id"]: r for r in self.base[name] if r["kind"] == self.first} for name in self.base}
         self.rows, self.pieces = [], []
 
     def add(self, kind, volume, rows, where, values, embeddings):
         "One volume's scores: its row, its pieces' rows and its map."
-        row = next(r for r in self.base["rows"] if r["kind"] == self.first and r["id"] == volume)
-        file = None
+        row, known, file = self.known["rows"][volume], self.known["pieces"], None
         if embeddings.dense:
             stem = Path(row["map"]).name.removesuffix(f".{self.first}.npy") if row["map"] else volume
             file = f"maps/{stem}.{kind}.npy"
             with write_aside(self.folder/file) as aside: np.save(aside, volume_map(embeddings, rows, where, values))
         mean = {r: float(values[where[:, 0] == r].mean()) for r in np.unique(where[:, 0])}
         self.rows.append(row | {"kind": kind, "score": float(values.mean()), "score_max": max(mean.values()), "map": file})
-        known = {p["id"]: p for p in self.base["pieces"] if p["kind"] == self.first}
         self.pieces += [known[embeddings.index[r]["id"]] | {"kind": kind, "score": m} for r, m in mean.items() if embeddings.index[r]["id"] in known]
 
     def close(self, kinds):

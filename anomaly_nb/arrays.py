@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['components', 'component_sizes', 'remove_small', 'largest_component', 'fill_holes', 'distance_inside', 'distance_to',
            'dilate', 'erode', 'bounding_box', 'pad_to_multiple', 'crop_or_pad', 'patch_origins', 'extract_patch',
-           'Assembler', 'assemble']
+           'Assembler', 'assemble', 'compiled']
 
 # %% ../nbs/010_arrays.ipynb #c003
 import itertools
@@ -158,3 +158,10 @@ def assemble(pieces, origins, shape):
     whole = Assembler(shape, channels=len(pieces[0]))
     for piece, origin in zip(pieces, origins): whole.add(piece, origin)
     return whole.result()
+
+# %% ../nbs/010_arrays.ipynb #c048
+def compiled(function):
+    "`function`, compiled by numba at its first call: without Python's lock, and kept on disk if it stands in a file (a cell of a notebook has no place for that)."
+    import numba
+    try: return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError: return numba.njit(nogil=True)(function)

@@ -130,33 +130,40 @@ def demo(args):
 
 def sweep(args):
     "Runs a sweep file, or lists what it would do."
-    from anomaly_nb.sweep import prepare, read_sweep, state_of
+    from anomaly_nb.sweep import follow, prepare, read_sweep, state_of
     plan = read_sweep(args.file, read_pairs(args.parameter))
     folder = Path(args.folder).resolve() if args.folder else settings().runs
     repeated = f", {plan.repeated} more said twice and dropped" if plan.repeated else ""
-    print(f"{plan.file}: {len(plan.runs)} run{'s'*(len(plan.runs) != 1)}{repeated}", flush=True)
+    after = f", then {len(plan.then)} over their folders" if plan.then else ""
+    print(f"{plan.file}: {len(plan.runs)} run{'s'*(len(plan.runs) != 1)}{repeated}{after}", flush=True)
     if not args.dry_run: return _sweep(plan, args.processes, folder)
-    for one in prepare(plan).runs: print(f"{state_of(one, folder):<15}{one.name or one.label:<40}{one.message or f'{one.label}-{one.key}'}")
-    return int(any(one.status == "failed" for one in plan.runs))
+    prepare(plan)
+    if all(state_of(one, folder) == "done" for one in plan.runs): follow(plan, folder)
+    for one in (*plan.runs, *plan.then): print(f"{state_of(one, folder):<15}{one.name or one.label:<40}{one.message or (one.folder_name if one.key else '')}".rstrip())
+    return int(any(one.status == "failed" for one in (*plan.runs, *plan.then)))
 
 # %% ../nbs/740_cli.ipynb #c015
 def _sweep(plan, processes=0, folder=None):
-    "Data once, then the runs side by side, then the page over those that are there. Returns the exit status."
-    from anomaly_nb.sweep import prepare
+    "Data once, the runs side by side, those of `then` over their folders, and the page over all that are there. Returns the exit status."
+    from anomaly_nb.sweep import follow, prepare
     if processes < 0: raise ParameterError("--processes", f"is {processes}", "1 or more; 0: one a core")
     folder = Path(folder or settings().runs)
     prepare(plan)
     status = _execute_shown(plan.runs, processes, folder)
-    done = [run for run in plan.runs if run.status in ("done", "cached")]
-    if done: _report([run.folder for run in done], folder/f"report-{plan.report}.html", [(run.name or run.label, run.message or run.status) for run in plan.runs if run not in done])
+    if plan.then: status |= _execute_shown(follow(plan, folder).then, processes, folder)
+    runs = [*plan.runs, *plan.then]
+    done = [run for run in runs if run.status in ("done", "cached")]
+    if done: status |= _report([run.folder for run in done], folder/f"report-{plan.report}.html", [(run.name or run.label, run.message or run.status) for run in runs if run not in done])
     return status
 
 def _report(folders, file, failed=()):
-    "Writes the page over run folders, prints its table and its path."
+    "Writes the page over run folders, prints its table and its path. Returns 1 when a run was left out because it cannot be read, else 0."
     from anomaly_nb.report import print_table, write_report
     table = write_report(folders, file, failed=failed)
     print_table(table)
+    for name, message in table.attrs["left_out"]: print(f"left out of the report: {name}: {message}", file=sys.stderr)
     print(f"report: {file}")
+    return int(bool(table.attrs["left_out"]))
 
 # %% ../nbs/740_cli.ipynb #c016
 def report(args):
@@ -166,8 +173,7 @@ def report(args):
     if not folder.is_dir(): raise InputError(folder, "is no folder", "a folder of runs")
     done = sorted((p.parent for p in folder.glob("[!.]*/metrics.json")), key=lambda p: p.name)
     if not done: raise InputError(folder, "holds no finished run", "folders with a metrics.json, made by anomaly-nb run, sweep or demo")
-    _report(done, Path(args.output or folder/"report.html"), failed_runs(folder))
-    return 0
+    return _report(done, Path(args.output or folder/"report.html"), failed_runs(folder))
 
 # %% ../nbs/740_cli.ipynb #c017
 def run(args):

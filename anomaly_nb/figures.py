@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'RARITY', 'short', 'line_styles', 'interval_figure', 'mean_curves', 'curve_figure', 'telling_ids',
-           'panel_methods', 'panel_figure', 'histories', 'training_figure']
+           'panel_methods', 'panel_figure', 'histories', 'training_figure', 'fold_figure']
 
 # %% ../nbs/718_figures.ipynb #c003
 import textwrap
@@ -202,3 +202,25 @@ def training_figure(group, most=12):
         for ax in axes[:, 0]: ax.set_ylabel("loss", fontsize=9)
         for ax in axes.flat[max(0, len(shown) - width):len(shown)]: ax.set_xlabel("epoch", fontsize=9)
     return fig, len(found) - len(shown)
+
+# %% ../nbs/718_figures.ipynb #c030
+def fold_figure(table, metric="pixel_ap", part="all"):
+    "Single networks, mean and ensemble (with interval) of each split of a table over folds, in per cent, with the line of chance -> figure."
+    lines = table[table["part"] == part]
+    splits = [s for s in dict.fromkeys(lines["split"]) if s]
+    with plt.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(7.2, 1.0 + 0.62 * len(splits)), layout="constrained")
+        for n, split in enumerate(splits):
+            own, colour = lines[lines["split"] == split], COLOURS[n % len(COLOURS)]
+            folds, (mean, joint) = 100 * own.loc[own["row"] == "fold", metric], (own[own["row"] == r] for r in ("mean", "ensemble"))
+            ax.plot(folds, np.full(len(folds), n - 0.14), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
+            for _, r in mean.iterrows(): ax.plot([100 * r[metric]], [n - 0.14], "|", color=colour, markersize=15, markeredgewidth=2.2)
+            for _, r in joint.iterrows():
+                ax.plot([100 * r[f"{metric}_low"], 100 * r[f"{metric}_high"]], [n + 0.16] * 2, color=colour, linewidth=3, alpha=0.45, solid_capstyle="butt")
+                ax.plot([100 * r[metric]], [n + 0.16], "D", color=colour, markersize=6)
+        for _, r in lines[lines["row"] == "random"].iterrows(): ax.axvline(100 * r[metric], color="#888888", linewidth=1, linestyle=":"); ax.text(100 * r[metric], -0.62, " chance", color="#666666", fontsize=8, va="center")
+        ax.set(xlabel=f"{metric.replace('_', ' ').replace('ap', 'AP').replace('auroc', 'AUROC')}, %", ylim=(len(splits) - 0.5, -0.85), yticks=range(len(splits)), yticklabels=[short(s, 12) for s in splits], ylabel="tasks trained / validated")
+        ax.grid(axis="x", color="#e6e6e6", linewidth=0.8); ax.set_axisbelow(True); ax.xaxis.set_major_locator(MaxNLocator(8))
+        marks = [Line2D([], [], color="#555555", linestyle="", marker=m, markersize=s, markeredgewidth=w, label=l) for m, s, w, l in (("o", 5, 0, "one network"), ("|", 12, 2.2, "their mean"), ("D", 6, 1, "their ensemble, 95 % interval"))]
+        fig.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=8.5)
+    return fig

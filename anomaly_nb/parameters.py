@@ -85,8 +85,10 @@ def check_value(known, name, value, what="parameter"):
     value = convert(known[name], value)
     if value and name in catalog.TABLES:
         for part in value.split("+") if name == "detector" else [value]: choose(part, list(catalog.TABLES[name]), name)
-    if name == "scope":
-        for part in value.split("+"): choose(part, SCOPES, name)
+    lists = {"scope": SCOPES, "select": list(catalog.TASKS), "tasks": list(catalog.TASKS)}
+    if value and name in lists:
+        for part in value.split("+"): choose(part, lists[name], name)
+    if value and name == "outside": choose(value, list(catalog.DATASETS), name)
     if name == "out" and value: raise ParameterError(name, f"is {value!r}, but the runner gives each run its folder", "[runs] folder in settings.ini")
     if name == "path" and value and not Path(value).expanduser().exists(): raise ParameterError(name, f"there is nothing at {value}", f"a folder or file, from here ({Path.cwd()}) or with its full path")
     return value
@@ -171,7 +173,8 @@ def run_key(notebook, parameters, data=None):
     "Hash of all that can change a run's numbers. `data`: what `data_hash` said, if it was asked before."
     from anomaly_nb.experiment import device_class
     tables = catalog.TABLES
-    entries = [tables[what][name] for what, name in _components(parameters).items()] + [tables["detector"][n] for n in (parameters.get("detector") or "").split("+") if n]
+    entries = [tables[what][name] for what, name in _components(parameters).items()]
+    for what, name in (("detector", "detector"), ("task", "select"), ("task", "tasks"), ("dataset", "outside")): entries += [tables[what][n] for n in (parameters.get(name) or "").split("+") if n]
     source = "\n".join(text for text, _ in code_cells(notebook)) + "".join(f"\nimport {e.target.split(':')[0]}" for e in entries)
     modules = {name: code for name, code in imported_modules(source).items() if name != "anomaly_nb.catalog"}
     now, constraints = settings(), Path(sys.modules["anomaly_nb"].__file__).resolve().parents[1]/"constraints.txt"

@@ -170,7 +170,7 @@ def _lead(group, found, metric, names):
     first, s = names[0], found[names[0]][metric, ""]
     chance = group.method(first).mean("pixel", "prevalence") if metric == "voxel AP" else 0.5
     text = f"{metric[0].upper()}{metric[1:]}: {first}{' (a baseline)' if group.method(first).baseline else ''} has the highest, {s.value:.3f} (95 % interval {s.interval.low:.3f} to {s.interval.high:.3f}{'' if chance is None else f'; chance {chance:.3g}'})."
-    if s.n < FEW: return text + f" It stands on {s.n} {group.unit} {'with a known lesion' if metric == 'voxel AP' else 'of the smaller class'}, fewer than {FEW}: every order of methods is undecided."
+    if s.n < FEW: return text + f" It stands on {group.some(s.n)} {'with a known lesion' if metric == 'voxel AP' else 'of the smaller class'}, fewer than {FEW}: every order of methods is undecided."
     if chance is not None and s.interval.low <= chance: text += " The interval does not exclude chance."
     alike = [n for n in names[1:] if verdict(versus(s, found[n][metric, ""])) != "better"]
     return text if len(names) < 2 else text + (f" Not told apart from it: {_list(alike)}." if alike else " It is better than every other method here.")

@@ -59,6 +59,11 @@ class Run:
         "Short name for people: experiment, data set, model, task and detectors, as far as they are named."
         return "-".join(str(v) for v in (self.experiment, *(self.parameters.get(k) for k in ("dataset", "model", "task", "detector"))) if v)
 
+    @property
+    def folder_name(self):
+        "Name of the run's folder: label and key."
+        return f"{self.label}-{self.key}"
+
 # %% ../nbs/730_runner.ipynb #c010
 def _worker_environment(folder):
     "Environment of the child: limited threads, the settings in force, no buffering."
@@ -91,7 +96,7 @@ def execute(run, folder=None, on_progress=None, stop=None, since=None):
     run.message = ""
     run.parameters = check_parameters(notebook, run.parameters)   # with the defaults: one run has one name, however much of it was typed
     run.key = run_key(notebook, run.parameters, run.data)         # now, not when the sweep began: somebody may have changed the code since
-    final, partial = root/f"{run.label}-{run.key}", root/f".partial-{run.label}-{run.key}"
+    final, partial = root/run.folder_name, root/f".partial-{run.folder_name}"
     try: (root/".locks").mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InputError(root, f"cannot be written ({error.strerror})", "a folder for runs; see [runs] folder in settings.ini") from None
     lock = FileLock(root/".locks"/f"{final.name}.lock")

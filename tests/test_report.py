@@ -3,6 +3,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,9 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomaly_nb import figures, ranking, report, results
-from anomaly_nb.core import DataError, InputError, write_json
+from anomaly_nb.core import InputError, write_json
 from anomaly_nb.evaluation import Case, read_slices, save_case_histograms, save_map_slices, save_slices
+from anomaly_nb.methods import fold_table, task_table
 from anomaly_nb.metrics.binned import bin_histograms, bootstrap_binned
 from anomaly_nb.metrics.streaming import ScoreHistograms, fit_scale
 from anomaly_nb.metrics.uncertainty import bootstrap_histograms, subject_weights
@@ -246,10 +248,102 @@ def test_run_folders_that_lack_something(tmp_path):
     table, page = write([bare, old, write_run(tmp_path, "net", 1.0)], tmp_path)
     assert set(table["method"]) == {"bare", "old", "net"} and "no panels" in page
     assert table.set_index("method").loc["bare", "voxel AP interval"] is None
-    (old/"scores"/"binned-residual.npz").write_bytes(b"broken")
-    with pytest.raises(DataError, match="binned-residual.npz"): write([old], tmp_path)
     with pytest.raises(InputError, match="no runs"): report.write_report([], tmp_path/"none.html")
     assert not (tmp_path/"none.html").exists()
+
+
+@pytest.mark.parametrize("name, content", [("binned-residual.npz", b"broken"), ("slices.npz", b"PK"), ("slices-residual.npz", b""), ("history.csv", b'a,b\n1,"2'), ("history.csv", b""), ("subjects.csv", b"\xff\xfe"), ("subjects.csv", b""),
+                                           ("paper_table.csv", b"part,split\n"), ("paper_table.csv", b""), ("../metrics.json", b"{"), ("../provenance.json", b"")])
+def test_a_broken_stored_file_costs_its_own_run(tmp_path, name, content):
+    "It is named, with what to do; the other runs have their page. Alone, it is an error and nothing is written."
+    whole, broken = write_run(tmp_path, "whole", 1.0, slices=True), write_run(tmp_path, f"broken {BAD}", 2.0, slices=True, name="broken-run")
+    (broken/"scores"/name).write_bytes(content)
+    table, page = write([whole, broken], tmp_path)
+    assert table["method"].tolist() == ["whole"] and [n for n, _ in table.attrs["left_out"]] == ["broken-run"]
+    text = Seen(page).text
+    assert "broken-run" in text and Path(name).name in text and "stand in no table" in text
+    with pytest.raises(InputError, match="no readable runs"): report.write_report([broken], tmp_path/"none.html")
+    assert not (tmp_path/"none.html").exists()
+
+
+def test_a_broken_picture_is_named_and_costs_nothing_else(tmp_path):
+    folder = write_run(tmp_path, "net", 1.0)
+    (folder/"figures"/"panel-residual.png").write_bytes(b"\x89PNG" + b"0" * 100_000)
+    table, page = write([folder], tmp_path)
+    assert "panel-residual.png cannot be read" in page and table.attrs["left_out"] == []
+
+
+def test_one_site_has_no_section_and_one_subject_is_no_plural(tmp_path):
+    folders = [write_run(tmp_path, "net", 3.0, n=1), write_run(tmp_path, "base", 0.1, n=1, baseline=True)]
+    for f in folders:
+        rows = pd.read_csv(f/"scores"/"subjects.csv")
+        rows.assign(site="A").to_csv(f/"scores"/"subjects.csv", index=False)
+    _, page = write(folders, tmp_path)
+    assert "Sites</h3>" not in page and "1 subject with" in page and "1 subjects" not in page
+    _, page = write([write_run(tmp_path/"two", "net", 1.0)], tmp_path)
+    assert "Sites</h3>" in page
+    assert all(re.search(r"<(p|ul|div|table|figure|h4|details|pre)", part) for part in re.split(r"<h[23][^>]*>[^<]*</h[23]>", page)[1:])       # no heading over nothing
+
+
+def test_a_run_with_a_section_of_its_own(tmp_path):
+    "Its words, figure and table, escaped; alone too; a broken section is named."
+    run = tmp_path/"asks"
+    (run/"scores").mkdir(parents=True); (run/"figures").mkdir()
+    write_json(run/"metrics.json", {"kinds": {}})
+    section = {"title": f"Is it so? {BAD}", "text": f"Yes. {BAD}", "figures": ["scatter"], "tables": {"choices": f"By rule {BAD}"}}
+    write_json(run/"section.json", section)
+    (run/"figures"/"scatter.png").write_bytes(b"\x89PNG small")
+    pd.DataFrame({BAD: ["last", BAD], "AP": [0.12345, None]}).to_csv(run/"scores"/"choices.csv", index=False)
+    for folders in ([run], [run, write_run(tmp_path, "net", 1.0)]):
+        table, page = write(folders, tmp_path)
+        seen = Seen(page)
+        assert not seen.tags & {"script", "b"} and not seen.events and f"Is it so? {BAD}" in seen.text and f"By rule {BAD}" in seen.text and "0.123" in seen.text
+        assert len(table) == len(folders) - 1 and f"{len(folders)} run" in seen.text
+        report.print_table(table)
+    for wrong in ({"title": 3}, section | {"figures": ["../../etc"]}, section | {"tables": {"none": "x"}}, [1]):
+        write_json(run/"section.json", wrong)
+        table, page = write([run, tmp_path/"evaluate-net-0"], tmp_path)
+        assert [n for n, _ in table.attrs["left_out"]] == ["asks"] and "cannot be read as a section" in page
+
+
+def write_folds(folder, seed=0, n=40, skill=0.8, mark=""):
+    "A table over folds beside the scores of a run: two splits of three tasks, the last fold of 2/1 missing."
+    rng, masks = np.random.default_rng(seed), [np.zeros((1, 8, 8), bool) for _ in range(n)]
+    for m in masks[1::2]: m[0, 2:5, 2:5] = True
+    label, rows = [m.any() for m in masks], []
+    parts, weights = fold_table.parts_of(label, [("", f"cyst{mark}", "", "bleed")[i % 4] for i in range(n)]), fold_table.people_weights(range(n), label, 100)
+    for split, folds in (("1/2", 3), ("2/1", 2)):
+        maps = [[rng.normal(0, 0.5, m.shape) + skill * m for m in masks] for _ in range(folds)]
+        single = [fold_table.measured_row(split, "fold", task_table.condense(masks, one), parts, weights, k, f"sink{mark}") for k, one in enumerate(maps)]
+        joint = task_table.condense(masks, [np.mean(m, 0) for m in zip(*maps)])
+        rows += [*single, fold_table.mean_row(single), fold_table.measured_row(split, "ensemble", joint, parts, weights, folds=folds)]
+    frame = fold_table.table_of([*rows, fold_table.random_row(joint, parts, weights)], parts, label)
+    frame.to_csv(folder/"scores"/"paper_table.csv", index=False)
+    fold_table.save_draws(rows, folder/"scores"/"paper_draws.npz")
+    return frame
+
+
+def test_every_table_over_folds_has_its_section(tmp_path):
+    "Per cent, joined over seeds, text as text, missing folds said; a table of other parameters is another section."
+    folders = [write_run(tmp_path, "many", 1.0, seed=s) for s in (0, 1)] + [write_run(tmp_path, "other", 1.0), write_run(tmp_path, "plain", 1.0)]
+    frames = [write_folds(f, s, mark=BAD) for s, f in enumerate(folders[:3])]
+    _, page = write(folders, tmp_path)
+    seen = Seen(page)
+    assert not seen.tags & {"script", "b", "iframe"} and not seen.events and f"family cyst{BAD}" in seen.text
+    assert page.count("Task folds</h3>") == 1 and page.count("Task folds, table 2</h3>") == 1
+    first, second, third = (f[(f["part"] == "all") & (f["split"] == "1/2") & (f["row"] == "ensemble")]["pixel_ap"].item() for f in frames)
+    assert f"{50 * (first + second):.1f} ± {100 * np.std([first, second], ddof=1):.1f}" in seen.text and f"{100 * third:.1f}" in seen.text
+    assert "ensemble of 2/1: 2 of 3" in seen.text and "fold 2" in seen.text and "chance" in seen.text
+    assert "ensemble<br><small>minus 1/2 mean" in page or "1/2 ensemble" in seen.text
+
+
+def test_a_table_without_draws_and_one_of_a_single_split(tmp_path):
+    folder = write_run(tmp_path, "many", 1.0)
+    frame = write_folds(folder)
+    frame[(frame["split"] != "2/1") & (frame["part"] == "all") & (frame["row"] != "random")].to_csv(folder/"scores"/"paper_table.csv", index=False)
+    (folder/"scores"/"paper_draws.npz").unlink()
+    _, page = write([folder], tmp_path)
+    assert "Task folds</h3>" in page and "Differences, in points" not in page and "AP / AUROC" not in page
 
 
 def test_textures_and_pictures_are_no_population(tmp_path):

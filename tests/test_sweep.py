@@ -107,8 +107,20 @@ def test_the_shipped_sweeps_are_right():
     for path in sorted((ROOT/"sweeps").glob("*.yaml")):
         plan = sweep.read_sweep(path)
         assert plan.repeated == 0, path
+        if plan.runs[0].experiment != "evaluate": continue                     # their tables have a row of chance
         baselines = {r.parameters["model"] for r in plan.runs} & {"random", "intensity", "trivial", "pca", "mean"}
         assert len(baselines) >= 2, f"{path}: no number means much without baselines"
+
+
+def test_the_task_folds_are_all_there():
+    "5 + 10 + 10 + 5 networks for each of three seeds, and a table for each seed of the same data."
+    plan = sweep.read_sweep(ROOT/"sweeps"/"task_folds.yaml")
+    folds = {(r.parameters["trained"], r.parameters["fold"], r.parameters["seed"]) for r in plan.runs}
+    assert folds == {(t, f, s) for t, n in ((1, 5), (2, 10), (3, 10), (4, 5)) for f in range(n) for s in range(3)} and len(plan.runs) == 90
+    assert [r.parameters["seed"] for r in plan.then] == [0, 1, 2] and {r.experiment for r in plan.then} == {"task_table"}
+    assert {tuple(r.parameters[k] for k in ("dataset", "size", "contrast", "dims")) for r in plan.runs + plan.then} == {("brain", "claims", "FLAIR", 2)}
+    taste = sweep.read_sweep(ROOT/"sweeps"/"task_folds.yaml", {"size": "tiny", "max_seconds": "10", "seed": "0"})
+    assert (len(taste.runs), len(taste.then)) == (30, 1) and {r.parameters["size"] for r in taste.runs + taste.then} == {"tiny"}
 
 
 # --- the key ---------------------------------------------------------------------------------------------------------------------------------------------------------------
@@ -240,6 +252,91 @@ def test_what_another_process_left_is_taken_over(experiments, tmp_path):
     other.kill(); other.wait()
     waiting.join(60)
     assert run.status == "done" and run.message == ""
+
+
+# --- then --------------------------------------------------------------------------------------------------------------------------------------------------------------------
+
+SUM = ["import json, pathlib", "found = [json.loads((pathlib.Path(out).parent/i/'metrics.json').read_text())['n'] for i in inputs.split(',')]", "pathlib.Path(out, 'metrics.json').write_text(json.dumps({'n': sum(found), 'inputs': inputs}))"]
+LATER = 'out: str = ""  # folder\ninputs: str = ""  # folders\nk: int = 0  # a number'
+
+
+@pytest.fixture
+def two_parts(experiments):
+    notebook(experiments/"works.ipynb", ["assert n < 90, 'too large'", WRITE])
+    notebook(experiments/"sums.ipynb", SUM, LATER)
+    return experiments
+
+
+def run_both(plan, runs):
+    "Statuses of both parts after running them as the command does."
+    sweep.prepare(plan)
+    runner.execute_all(plan.runs, runs, processes=2)
+    runner.execute_all(sweep.follow(plan, runs).then, runs)
+    return [r.status for r in plan.runs], [r.status for r in plan.then]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("then:", "then: is empty"),
+    ("then: {}", "then: is empty"),
+    ("then: [sums]", "then: is a list"),
+    ("then: {experiment: sms}", "then: experiment: there is no 'sms'; expected: did you mean 'sums'?"),
+    ("then: {experiment: works}", "then: experiment: is 'works', which takes no folders of other runs; expected: a notebook with a parameter inputs"),
+    ("then: {experiment: sums, then: {experiment: sums}}", "then: then: there is no 'then'"),
+    ("then: {experiment: sums, report: x}", "there is no 'report'"),
+    ("then: {experiment: sums, fixed: {inputs: a}}", "then: inputs: is 'a'; expected: nothing"),
+    ("then: {experiment: sums, grid: {k: []}}", "then: grid: k: is an empty list"),
+    ("then: {experiment: sums, grid: {k: [1, two]}}", "then: grid: k, value 2"),
+    ("then: {experiment: sums, runs: [{k: 1}, {j: 1}]}", "then: runs, entry 2: parameter: there is no 'j'"),
+    ("then: {experiment: sums}\nthen: {experiment: sums}", "'then' stands twice"),
+])
+def test_a_wrong_second_part_is_refused_with_its_place(two_parts, tmp_path, text, said):
+    path = file(tmp_path, f"experiment: works\ngrid: {{n: [1]}}\n{text}")
+    with pytest.raises(InputError) as caught: sweep.read_sweep(path)
+    assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_the_second_part_gets_the_folders_of_the_first(two_parts, tmp_path):
+    path, runs = file(tmp_path, "experiment: works\ngrid: {n: [1, 2, 5]}\nthen: {experiment: sums, grid: {k: [1, 2]}}"), tmp_path/"runs"
+    plan = sweep.read_sweep(path)
+    assert run_both(plan, runs) == (["done"] * 3, ["done"] * 2)
+    for r in plan.then:
+        found = json.loads((r.folder/"metrics.json").read_text())
+        assert found["n"] == 8 and found["inputs"].split(",") == sorted(p.folder.name for p in plan.runs)
+    assert [r.name for r in plan.then] == ["then sums k=1", "then sums k=2"]
+    assert run_both(sweep.read_sweep(path), runs) == (["cached"] * 3, ["cached"] * 2)
+    assert run_both(sweep.read_sweep(file(tmp_path, "experiment: works\nruns: [{n: [5, 2]}, {n: 1}]\nthen: {experiment: sums, grid: {k: [1, 2]}}", "turned.yaml")), runs) == (["cached"] * 3, ["cached"] * 2)   # the order of the file does not matter
+    assert run_both(sweep.read_sweep(file(tmp_path, "experiment: works\ngrid: {n: [1, 2, 5, 7]}\nthen: {experiment: sums}", "longer.yaml")), runs) == (["cached"] * 3 + ["done"], ["done"])          # other inputs, another run
+    notebook(two_parts/"works.ipynb", ["assert n < 90, 'too large'", WRITE, "x = 1"])
+    again = sweep.read_sweep(path)
+    assert run_both(again, runs) == (["done"] * 3, ["done"] * 2) and {r.key for r in again.then}.isdisjoint(r.key for r in plan.then)     # other code above, another key below
+
+
+def test_a_failure_above_is_left_out_and_none_at_all_is_a_failure(two_parts, tmp_path):
+    path, runs = file(tmp_path, "experiment: works\ngrid: {n: [1, 99]}\nthen: {experiment: sums}"), tmp_path/"runs"
+    plan = sweep.read_sweep(path)
+    assert run_both(plan, runs) == (["done", "failed"], ["done"])
+    assert json.loads((plan.then[0].folder/"metrics.json").read_text())["n"] == 1
+    plan = sweep.read_sweep(path, {"n": 99})
+    assert run_both(plan, runs) == (["failed"], ["failed"]) and "none of the runs above is finished" in plan.then[0].message
+
+
+def test_what_is_fixed_and_given_reaches_both_parts(two_parts, tmp_path):
+    notebook(two_parts/"sums.ipynb", SUM, LATER + '\nn: int = 0  # as above\nsize: str = "tiny"  # as above')
+    path = file(tmp_path, "experiment: works\nfixed: {n: 3}\nruns: [{}]\nthen: {experiment: sums, fixed: {k: 4}}".replace("runs: [{}]", "runs: [{n: 3}]"))
+    plan = sweep.read_sweep(path)
+    assert (plan.then[0].parameters["n"], plan.then[0].parameters["k"]) == (3, 4)
+    assert sweep.read_sweep(file(tmp_path, "experiment: works\nfixed: {n: 3}\nruns: [{n: 4}]\nthen: {experiment: sums, grid: {n: [7, 8]}}")).then[1].parameters["n"] == 8    # its own words win
+    plan = sweep.read_sweep(path, {"n": "5", "k": "6"})
+    assert (plan.runs[0].parameters["n"], plan.then[0].parameters["n"], plan.then[0].parameters["k"]) == (5, 5, 6)
+    with pytest.raises(InputError, match="there is no 'm'"): sweep.read_sweep(path, {"m": 1})
+    with pytest.raises(InputError, match="parameter k: is 'six'"): sweep.read_sweep(path, {"k": "six"})
+
+
+def test_a_second_part_without_data_fails_alone(two_parts, tmp_path, monkeypatch):
+    notebook(two_parts/"sums.ipynb", SUM, LATER + '\ndataset: str = "brain"  # data\nsize: str = "tiny"  # size\ncontrast: str = "T2"  # contrast')
+    monkeypatch.setattr(experiment, "load_records", lambda *a, **k: (_ for _ in ()).throw(DataError("scans/07.nii.gz", "is truncated", "a NIfTI file")))
+    plan = sweep.read_sweep(file(tmp_path, "experiment: works\ngrid: {n: [1]}\nthen: {experiment: sums}"))
+    assert run_both(plan, tmp_path/"runs") == (["done"], ["failed"]) and "is truncated" in plan.then[0].message
 
 
 # --- the command -----------------------------------------------------------------------------------------------------------------------------------------------------------

@@ -4,30 +4,24 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'POOLS', 'Size', 'Subject', 'visible_families', 'plan', 'cohort_folder', 'Variant', 'load_anatomy',
-           'template_locations', 'misregistration_field', 'to_template_space', 'Job', 'make_subject', 'run_jobs',
-           'build', 'record_of', 'brain_records']
+           'template_locations', 'misregistration_field', 'to_template_space', 'Job', 'make_subject', 'build',
+           'record_of', 'brain_records']
 
 # %% ../../nbs/data/130_brain.ipynb #c003
-import ast
 import gzip
 import inspect
 import io
-import multiprocessing
-import os
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
-from ..core import DataError, ParameterError, choose, rng_of, settings, stable_hash, track, write_aside
+from ..core import DataError, ParameterError, choose, rng_of, settings, stable_hash, write_aside
 from . import anatomy, imaging
 from .anatomy import SITES, TISSUE_VALUES, band_field, draw_person, grid_affine, grid_offsets, map_from_template, map_to_template, read_at, refine, subject_anatomy, template_maps
 from .imaging import draw_scan, form_image
+from .jobs import build_jobs, code_of
 from .records import Record, write_manifest, write_volume
 
 # %% ../../nbs/data/130_brain.ipynb #c005
@@ -45,7 +39,8 @@ class Size:
 
 SIZES = {"tiny":   Size(4.0, 12, 6, 8, 2, 8, 10, 6),
          "demo":   Size(2.0, 40, 16, 20, 4, 24, 30, 12),
-         "claims": Size(2.0, 80, 100, 100, 40, 80, 100, 40)}
+         "claims": Size(2.0, 80, 100, 100, 40, 80, 100, 40),
+         "coarse": Size(4.0, 80, 100, 100, 40, 80, 100, 40)}     # the people of claims at 4 mm: for comparisons of many networks on a laptop
 POOLS = ("train", "val", "test", "weak", "unlabelled", "val_anomalous")
 
 # %% ../../nbs/data/130_brain.ipynb #c006
@@ -85,13 +80,6 @@ def plan(size, pool, families, held_out=(), train_site="A"):
     return who
 
 # %% ../../nbs/data/130_brain.ipynb #c010
-def _code(module):
-    "The statements of a module without docstrings and comments."
-    tree = ast.parse(inspect.getsource(module))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and node.body and isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant): node.body[0].value.value = ""
-    return ast.unparse(tree)
-
 def _lesion_modules():
     "The modules that draw lesions: `data.lesions` and what it imports from this package."
     import sys
@@ -108,7 +96,7 @@ def _lesion_modules():
 # %% ../../nbs/data/130_brain.ipynb #c011
 def cohort_folder(spacing, seed=0, root=None):
     "Folder of the cohort at `spacing` mm: its name ends with the hash of its parameters and code."
-    code = [_code(m) for m in (anatomy, imaging, *_lesion_modules())] + [inspect.getsource(f) for f in (make_subject, to_template_space, misregistration_field)]
+    code = [code_of(m) for m in (anatomy, imaging, *_lesion_modules())] + [inspect.getsource(f) for f in (make_subject, to_template_space, misregistration_field)]
     what = {"seed": seed, "spacing": spacing, "box": anatomy.BOX, "values": TISSUE_VALUES, "code": code}
     return Path(root or settings().cohorts).resolve()/"brain"/f"{spacing:g}mm-{stable_hash(what, 10)}"
 
@@ -203,53 +191,12 @@ def make_subject(job):
     return time.perf_counter() - start
 
 # %% ../../nbs/data/130_brain.ipynb #c024
-def _start_worker(parent):
-    "Runs in each new process: it ends when its parent is gone."
-    def watch():
-        while os.getppid() == parent: time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-def _run_parallel(jobs, processes):
-    "Yields as jobs finish, from `processes` new processes of one thread each."
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {n: os.environ.get(n) for n in names}
-    os.environ.update({n: "1" for n in names})
-    try:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),)) as pool:
-            try:
-                for future in as_completed([pool.submit(make_subject, j) for j in jobs]): yield future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    finally:
-        for n, v in before.items(): os.environ.pop(n) if v is None else os.environ.update({n: v})
-
-# %% ../../nbs/data/130_brain.ipynb #c025
-def run_jobs(jobs, processes=0, description="brain cohort"):
-    "Makes all jobs with a progress bar; in this process when there is little to do. A pool that breaks (a worker was killed) is finished here."
-    processes = min(processes or settings().processes or os.cpu_count() or 1, len(jobs))
-    seconds = sum((0.4 if j.spacing < 3 else 0.08)*len(j.contrasts) for j in jobs)
-    if processes > 1 and seconds > 8:
-        try:
-            for _ in track(_run_parallel(jobs, processes), description, total=len(jobs)): pass
-            return
-        except BrokenProcessPool: jobs = [j for j in jobs if not all(f.is_file() for f in j.files())]
-    for job in track(jobs, description): make_subject(job)
-
-# %% ../../nbs/data/130_brain.ipynb #c026
 def build(jobs, processes=0):
     "Makes what is missing of `jobs` under the cohort's lock. Errors: `DataError` naming the folder when it cannot be written."
-    if not (jobs := [j for j in jobs if not all(f.is_file() for f in j.files())]): return
-    folder = Path(jobs[0].folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder/".lock"):
-            for rest in folder.glob("*/.part-*"): rest.unlink(missing_ok=True)   # left by a build that was killed
-            run_jobs([j for j in jobs if not all(f.is_file() for f in j.files())], processes)
-    except OSError as error: raise DataError(folder, f"cannot be written ({error.strerror or error})", "a folder with room and the right to write (settings.ini: [paths] cohorts)") from None
+    seconds = max([(0.4 if j.spacing < 3 else 0.08)*len(j.contrasts) for j in jobs], default=0)
+    build_jobs(jobs, make_subject, processes, seconds, "brain cohort")
 
-# %% ../../nbs/data/130_brain.ipynb #c028
+# %% ../../nbs/data/130_brain.ipynb #c026
 def record_of(job, size, mask_known=True):
     "The `Record` of one subject or twin."
     s, person = job.subject, draw_person(rng_of("brain anatomy", (job.seed, job.subject.name), job.subject.site), job.subject.site)
@@ -262,12 +209,12 @@ def record_of(job, size, mask_known=True):
     return Record(s.name + ("-twin" if job.twin else ""), s.name, tuple(str(job.file(c)) for c in job.contrasts), int(job.ill), str(job.file("mask")) if job.ill and mask_known else None,
                   mask_known or not job.ill, str(job.file("brain")), None, meta)
 
-# %% ../../nbs/data/130_brain.ipynb #c029
+# %% ../../nbs/data/130_brain.ipynb #c027
 def brain_records(size="tiny", contrast="FLAIR", pools=("train", "val", "test"), families=None, held_out=(), space="native", misregistration=1.5, lesion_contrast=1.0, lesion_size=1.0,
                   site=None, train_site="A", twins=False, seed=0, root=None, processes=0):
     """Records of the embedded brain cohort, made on disk where missing: dict pool -> list of `Record`.
 
-    size: "tiny" (4 mm), "demo" or "claims" (2 mm). contrast: a name or a tuple of names (channels). families: names (default: all visible in a contrast); held_out: families met in `test` only.
+    size: "tiny" (4 mm), "demo" or "claims" (2 mm), "coarse" (as many people as claims, 4 mm). contrast: a name or a tuple of names (channels). families: names (default: all visible in a contrast); held_out: families met in `test` only.
     space: "native" or "template" (with `misregistration` mm RMS). lesion_contrast, lesion_size: dials, 1 as drawn, contrast 0 invisible.
     site: only "A" or "B" of the pools beside train and val (default both); train_site: "A", "B" or "both". twins: also the healthy twin of each ill subject, in the same pool.
     Errors: `ParameterError` (unknown name, invisible family), `DataError` (folder cannot be written)."""
@@ -289,7 +236,7 @@ def brain_records(size="tiny", contrast="FLAIR", pools=("train", "val", "test"),
     _write_lists(Path(folder), variant, records)
     return records
 
-# %% ../../nbs/data/130_brain.ipynb #c030
+# %% ../../nbs/data/130_brain.ipynb #c028
 def _write_lists(folder, variant, records):
     "One manifest (CSV) a list of records in folder/manifests, and the common locations of template space; nothing is rewritten."
     try:

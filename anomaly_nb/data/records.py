@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 
 from ..core import DataError, check_sample, stable_hash, write_aside
-from .formats import PICTURES, npz_keys, read_bytes, read_npz, read_picture
+from .formats import DICOMS, PICTURES, npz_keys, read_bytes, read_npz, read_picture
 
 # %% ../../nbs/data/100_records.ipynb #c006
 @dataclass(frozen=True)
@@ -81,8 +81,12 @@ def plain_affine(spacing=(1., 1., 1.)):
     return affine
 
 def read_image(path, spacing=None, key="image"):
-    "A NIfTI file, picture or npz (array `key`) -> ([C,D,H,W] float32, affine 4x4 of (d,h,w,1) -> RAS mm). `spacing` (z,y,x) mm: for files without one. Errors: `DataError`."
+    "A NIfTI file, picture, DICOM picture or npz (array `key`) -> ([C,D,H,W] float32, affine 4x4 of (d,h,w,1) -> RAS mm). `spacing` (z,y,x) mm: for files without one. Errors: `DataError`."
     ending = Path(path).suffix.lower()
+    if ending in DICOMS:
+        from anomaly_nb.data.dicom import read_dicom                  # pydicom is only imported for such a file
+        channels, its_spacing = read_dicom(path)
+        return channels, plain_affine(its_spacing or ((1., 1., 1.) if spacing is None else spacing))
     if ending in PICTURES: return read_picture(path), plain_affine((1., 1., 1.) if spacing is None else spacing)
     if ending == ".npz":
         channels, affine, its_spacing = read_npz(path, key)

@@ -126,12 +126,14 @@ class SliceSet(Pieces):
         self.min_foreground = min_foreground
         for i, shape in enumerate(volumes.shapes):
             if shape != volumes.shapes[0]: raise DataError(f"record {volumes.ids[i]!r}", f"has the grid {shape}", f"{volumes.shapes[0]}, as {volumes.ids[0]!r} (CropOrPad brings them to one)")
-        rows, areas = [], []
+        rows, areas, shares = [], [], []
         for v, info in enumerate(volumes.infos):
             counts, size = {k: np.array(c[axis]) for k, c in info["counts"].items()}, np.prod(volumes.shapes[v])/volumes.shapes[v][axis]
             kept = np.flatnonzero(counts["foreground"] >= max(min_foreground*size, 1))
             for k in kept: rows.append((v, *(int(k) if a == axis else 0 for a in range(volumes.spatial_dims))))
             areas.append(counts["mask"][kept])
+            shares.append(counts["foreground"][kept]/size)
+        self.shares = np.concatenate(shares)                      # of organ in each slice
         extents = [tuple(1 if a == axis else n for a, n in enumerate(s)) for s in volumes.shapes]
         self._fill(volumes, np.array(rows, dtype=int).reshape(-1, 1 + volumes.spatial_dims), extents, np.concatenate(areas), axis, label_area, "slice")
 

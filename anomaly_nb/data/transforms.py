@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['zscore', 'rescale', 'Transform', 'ZScore', 'Rescale', 'SelectChannels', 'regrid', 'CropOrPad', 'PadToMultiple',
-           'resize_weights', 'cover_weights', 'Resize', 'apply_transforms', 'describe', 'wanted_transforms']
+           'resize_weights', 'cover_weights', 'Resize', 'Equalise', 'apply_transforms', 'describe', 'wanted_transforms']
 
 # %% ../../nbs/data/140_transforms.ipynb #c003
 import dataclasses
@@ -154,6 +154,23 @@ class Resize(Transform):
         return sample | arrays | {"mask": masks(sample["mask"], 1e-9), "foreground": masks(sample["foreground"], .5 - 1e-9), "valid": masks(sample["valid"], .5 - 1e-9), "meta": meta}
 
 # %% ../../nbs/data/140_transforms.ipynb #c032
+@dataclass(frozen=True)
+class Equalise(Transform):
+    "Histogram equalisation of the foreground to [-1, 1], per channel; `background` outside. Errors: `DataError` for a constant channel."
+    bins: int = 256
+    background: float = -1.0
+
+    def __call__(self, sample):
+        inside = sample["foreground"][0]
+        out = np.full(sample["image"].shape, self.background, dtype=np.float32)
+        for c, x in enumerate(sample["image"][:, inside].astype(np.float64)):             # x [n]
+            if x.min() == x.max(): raise DataError(f"sample {sample['id']!r}", "is constant in the foreground", "an image with contrast")
+            counts, edges = np.histogram(x, self.bins)
+            F = counts.cumsum()/len(x)
+            out[c, inside] = 2*np.interp(x, (edges[1:] + edges[:-1])/2, F) - 1
+        return sample | {"image": out}
+
+# %% ../../nbs/data/140_transforms.ipynb #c036
 def apply_transforms(sample, transforms):
     "The sample after all transforms, in order; the input stays as it is."
     for transform in transforms: sample = transform(sample)
@@ -163,9 +180,10 @@ def describe(transforms):
     "A list of JSON descriptions; anything callable may serve, its qualified name then stands for it."
     return [t.describe() if hasattr(t, "describe") else {"name": f"{t.__module__}.{getattr(t, '__qualname__', type(t).__qualname__)}"} for t in transforms]
 
-# %% ../../nbs/data/140_transforms.ipynb #c036
+# %% ../../nbs/data/140_transforms.ipynb #c040
 def wanted_transforms(records, grid=None):
-    "Transforms that records ask for by `meta[\"resize\"]`, then crop or pad to `grid` (D,H,W) if given. Errors: `DataError` for records that ask for different sizes."
-    sides = sorted({int(r.meta.get("resize") or 0) for r in records})
-    if len(sides) > 1: raise DataError("records", f"ask for different sizes ({', '.join(map(str, sides))}; 0: as it is)", "one size for all records of an experiment")
-    return tuple(Resize(s) for s in sides if s) + ((CropOrPad(tuple(grid), cut=True),) if grid else ())
+    "Transforms that records ask for by `meta[\"resize\"]` (pixels a side) and `meta[\"equalise\"]` (histogram bins), then crop or pad to `grid` (D,H,W) if given. Errors: `DataError` for records that ask for different ones."
+    sides, bins = (sorted({int(r.meta.get(wish) or 0) for r in records}) for wish in ("resize", "equalise"))
+    for what, found in (("sizes", sides), ("histograms", bins)):
+        if len(found) > 1: raise DataError("records", f"ask for different {what} ({', '.join(map(str, found))}; 0: as it is)", "one for all records of an experiment")
+    return tuple(Resize(s) for s in sides if s) + tuple(Equalise(n) for n in bins if n) + ((CropOrPad(tuple(grid), cut=True),) if grid else ())

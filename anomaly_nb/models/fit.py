@@ -21,9 +21,9 @@ from .predict import predict, trainer_of
 # %% ../../nbs/models/310_fit.ipynb #c009
 class _Watch(pl.Callback):
     "Truth removed, steps seeded, losses kept, NaN refused, time kept; see the text above."
-    def __init__(self, who, stage, seed, history, deadline, on_epoch, save, begin):
-        self.who, self.stage, self.seed, self.history, self.deadline = who, stage, seed, history, deadline
-        self.on_epoch, self.save, self.begin, self.losses, self.val_losses = on_epoch, save, begin, [], []
+    def __init__(self, who, stage, seed, history, deadline, on_epoch, save, begin, choice):
+        self.who, self.stage, self.seed, self.history, self.deadline, self.choice = who, stage, seed, history, deadline, choice
+        self.on_epoch, self.save, self.begin, self.losses, self.val_losses, self.waited, self.worked = on_epoch, save, begin, [], [], 0.0, 0.0
         self.step = next((h["step"] for h in reversed(history) if h["stage"] == stage.name), 0)
 
     def _enter(self, trainer, batch, index, what):
@@ -32,7 +32,9 @@ class _Watch(pl.Callback):
         epoch = trainer.current_epoch if what == "train" else "fixed"
         seed_everything(int(stable_hash([self.seed, self.stage.name, what, epoch, index]), 16) % 2**32)
 
-    def on_train_batch_start(self, trainer, module, batch, index): self._enter(trainer, batch, index, "train")
+    def on_train_batch_start(self, trainer, module, batch, index):
+        self._enter(trainer, batch, index, "train")
+        self.waited, self.since = self.waited + time.monotonic() - self.since, time.monotonic()
 
     def on_validation_batch_start(self, trainer, module, batch, index, dataloader_idx=0): self._enter(trainer, batch, index, "val")
 
@@ -51,7 +53,8 @@ class _Watched(_Watch):
             raise ParameterError(f"{self.who}, stage {self.stage.name!r}, epoch {trainer.current_epoch}, step {self.step}", f"the training loss is {loss}",
                                  f"a finite number: try a smaller learning rate than {module.hparams.get('lr')}; the batch's intensities lie in [{image.min():.3g}, {image.max():.3g}]")
         if loss is not None: self.losses.append(loss)
-        if self.deadline and time.monotonic() > self.deadline: trainer.should_stop = True
+        self.worked, self.since = self.worked + time.monotonic() - self.since, time.monotonic()
+        if self.deadline and self.since > self.deadline: trainer.should_stop = True
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, index, dataloader_idx=0):
         loss = _loss_of(outputs)
@@ -59,19 +62,46 @@ class _Watched(_Watch):
 
     def on_train_epoch_start(self, trainer, module):
         if self.save and trainer.current_epoch > self.begin: self.save(trainer)
+        self.waited, self.worked, self.since = 0.0, 0.0, time.monotonic()
 
     def on_train_epoch_end(self, trainer, module):
         weight = sum(n for _, n in self.val_losses)
         row = dict(stage=self.stage.name, epoch=trainer.current_epoch, step=self.step, train_loss=float(np.mean(self.losses)) if self.losses else None,
-                   val_loss=sum(l * n for l, n in self.val_losses) / weight if weight else None)
+                   val_loss=sum(l * n for l, n in self.val_losses) / weight if weight else None, wait=round(self.waited / max(self.waited + self.worked, 1e-9), 4))
         self.losses, self.val_losses = [], []
+        if self.choice and self.choice(module, row): trainer.should_stop = True
         self.history.append(row)
         if self.on_epoch: self.on_epoch({**row, "epochs": self.stage.epochs})
 
 # %% ../../nbs/models/310_fit.ipynb #c013
-def _save_resume(path, trainer, module, history):
+def _judged(judge, model, device, seed):
+    "What `judge(model)` says (float), the model on `device` in evaluation mode, seeded, without gradients; afterwards all modes are as before."
+    modes = [(m, m.training) for m in model.modules()]
+    seed_everything(int(stable_hash([seed, "judge"]), 16) % 2**32)
+    with torch.no_grad(): value = float(judge(model.to(device).eval()))
+    for module, mode in modes: module.training = mode
+    if not np.isfinite(value): raise ParameterError(f"the judge of {type(model).__name__}", f"said {value}", "a finite number, larger is better")
+    return value
+
+# %% ../../nbs/models/310_fit.ipynb #c014
+class _Choice:
+    "Keeps the weights of the best epoch of a stage, by `judge` or the validation loss. Called after each epoch; true when `patience` is over."
+    def __init__(self, model, stage, judge, seed): self.model, self.stage, self.judge, self.seed, self.value, self.step, self.weights = model, stage, judge, seed, None, 0, None
+
+    def __call__(self, module, row):
+        if self.judge: row["judged"] = _judged(self.judge, self.model, module.device, self.seed)
+        value = row["judged"] if self.judge else None if row["val_loss"] is None else -row["val_loss"]
+        if value is not None and (self.value is None or value > self.value):
+            self.value, self.step = value, row["step"]
+            if self.judge or self.stage.best: self.weights = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+        return 0 < self.stage.patience <= row["step"] - self.step
+
+    def state(self): return dict(value=self.value, step=self.step, weights=self.weights)
+
+# %% ../../nbs/models/310_fit.ipynb #c016
+def _save_resume(path, trainer, module, history, choice=None):
     "Writes the state between two epochs of a stage, whole or not at all."
-    state = dict(epoch=trainer.current_epoch, weights=module.state_dict(), history=history, precision=trainer.precision_plugin.state_dict(),
+    state = dict(epoch=trainer.current_epoch, weights=module.state_dict(), history=history, precision=trainer.precision_plugin.state_dict(), choice=choice and choice.state(),
                  optimizers=[o.state_dict() for o in trainer.optimizers], schedulers=[c.scheduler.state_dict() for c in trainer.lr_scheduler_configs])
     with write_aside(path) as aside: torch.save(state, aside)
 
@@ -81,7 +111,7 @@ def _read_resume(path):
     except Exception as error:
         raise InputError(path, f"cannot be read ({str(error).splitlines()[0][:150]})", "the state of an interrupted training; remove the file to start the stage again") from None
 
-# %% ../../nbs/models/310_fit.ipynb #c014
+# %% ../../nbs/models/310_fit.ipynb #c017
 class _PutBack(pl.Callback):
     "Restores optimisers, schedulers and the number of the epoch when the training starts."
     def __init__(self, state): self.state = state
@@ -95,37 +125,40 @@ class _PutBack(pl.Callback):
         for config, saved in zip(trainer.lr_scheduler_configs, self.state["schedulers"], strict=True): config.scheduler.load_state_dict(saved)
         trainer.precision_plugin.load_state_dict(self.state["precision"])
 
-# %% ../../nbs/models/310_fit.ipynb #c015
-def _run_stage(model, stage, data, history, resume, *, trainer_settings, deadline, on_epoch, seed, checkpoint_seconds):
+# %% ../../nbs/models/310_fit.ipynb #c018
+def _run_stage(model, stage, data, history, resume, *, trainer_settings, deadline, on_epoch, seed, checkpoint_seconds, judge):
     "Trains one stage to its end, from `resume` if that file is there; appends to `history`."
     module, who, callbacks, begin, saved_at = stage.module, type(model).__name__, [], 0, time.monotonic()
+    choice = _Choice(model, stage, judge, seed) if judge or stage.best or stage.patience else None
     if resume and resume.exists():
         state = _read_resume(resume)
         set_state(module, state["weights"], resume)
         history[:], begin = state["history"], state["epoch"]
         callbacks.append(_PutBack(state))
+        if choice: vars(choice).update(state["choice"])
 
     def save(trainer):
         nonlocal saved_at
         if time.monotonic() - saved_at < checkpoint_seconds: return
-        _save_resume(resume, trainer, module, history)
+        _save_resume(resume, trainer, module, history, choice)
         saved_at = time.monotonic()
 
     train = data.loader(stage.pool, task=stage.task, shuffle=True)
     val = data.loader(stage.val, task=stage.task) if stage.val in data.pools else None
     if hasattr(getattr(train, "sampler", None), "set_epoch"): train.sampler.set_epoch(begin)   # workers may start to read before Lightning says which epoch it is
-    callbacks.append(_Watched(who, stage, seed, history, deadline, on_epoch, save if resume else None, begin))
+    callbacks.append(_Watched(who, stage, seed, history, deadline, on_epoch, save if resume else None, begin, choice))
     seed_everything(int(stable_hash([seed, stage.name, "start", begin]), 16) % 2**32)
     module.train()
     trainer = trainer_of(max_epochs=stage.epochs, callbacks=callbacks, **trainer_settings, **({} if val else {"limit_val_batches": 0}))
     trainer.fit(module, train_dataloaders=train, val_dataloaders=val or train)   # Lightning warns without one; with a limit of 0 it is not read
+    if choice and choice.weights: module.load_state_dict(choice.weights)
     model.eval()
 
-# %% ../../nbs/models/310_fit.ipynb #c017
-def _identity(model, data, seed):
-    "What makes two trainings the same: class, hyper-parameters, seed and the samples of the pools a model learns from."
+# %% ../../nbs/models/310_fit.ipynb #c020
+def _identity(model, data, seed, judge=None):
+    "What makes two trainings the same: class, hyper-parameters, seed, the samples of the pools a model learns from, and the name of the judge if there is one."
     ids = {name: stable_hash([str(i) for i in getattr(pool, "ids", range(len(pool)))]) for name, pool in data.pools.items() if name not in ("test", "val_anomalous")}
-    return json.loads(json.dumps({"class": type(model).__name__, "hyper_parameters": dict(model.hparams), "seed": seed, "pools": ids}))
+    return json.loads(json.dumps({"class": type(model).__name__, "hyper_parameters": dict(model.hparams), "seed": seed, "pools": ids} | ({"judge": getattr(judge, "__qualname__", type(judge).__name__)} if judge else {})))
 
 def _claim(folder, identity):
     "Makes `folder` the place of this training, or refuses it as another's (`ParameterError`)."
@@ -134,11 +167,11 @@ def _claim(folder, identity):
     if not mark.exists(): write_json(mark, identity)
     try: found = json.loads(mark.read_text())
     except ValueError: raise InputError(mark, "is not JSON", "the file that fit wrote; remove the folder") from None
-    for key in identity:
-        if found.get(key) != identity[key]: raise ParameterError(folder, f"holds a training with another {key}: {found.get(key)}", f"an empty folder, or {identity[key]}")
+    for key in {**identity, **found}:
+        if found.get(key) != identity.get(key): raise ParameterError(folder, f"holds a training with another {key}: {found.get(key)}", f"an empty folder, or {identity.get(key)}")
 
-# %% ../../nbs/models/310_fit.ipynb #c018
-def _check_fit(model, data):
+# %% ../../nbs/models/310_fit.ipynb #c021
+def _check_fit(model, data, judge=None):
     "Pools, channels, dimensions and image size of `data` against what `model` was made for; and each stage must belong to the model."
     data.require(model.needs, type(model).__name__)
     for name in ("channels", "spatial_dims", "shape"):
@@ -149,21 +182,25 @@ def _check_fit(model, data):
     for stage in model.stages():
         if not isinstance(stage.module, Part) or any(id(p) not in own for p in stage.module.parameters()):
             raise ParameterError(type(model).__name__, f"stage {stage.name!r} trains something that is not a part of the model", "a Part whose weights are the model's, or they are not saved")
+        if (stage.best or stage.patience) and not judge and stage.val not in data.pools:
+            raise ParameterError(type(model).__name__, f"stage {stage.name!r} keeps its best epoch and has no validation pool", "a pool 'val', a judge, or best=False and patience=0")
 
-# %% ../../nbs/models/310_fit.ipynb #c019
+# %% ../../nbs/models/310_fit.ipynb #c022
 def batches_on(loader, device):
     "Batches of `loader` without the truth, their tensors on `device`."
     for batch in loader: yield on_device(without_truth(batch), device)
 
-# %% ../../nbs/models/310_fit.ipynb #c020
-def fit(model, data, folder=None, *, accelerator=None, precision=None, max_seconds=None, on_epoch=None, seed=None, checkpoint_seconds=10.0):
-    """Trains `model` (in place) on the data module: all stages, then the statistics. Returns the history, a list of dict(stage, epoch, step, train_loss, val_loss).
+# %% ../../nbs/models/310_fit.ipynb #c023
+def fit(model, data, folder=None, *, accelerator=None, precision=None, max_seconds=None, on_epoch=None, seed=None, checkpoint_seconds=10.0, judge=None):
+    """Trains `model` (in place) on the data module: all stages, then the statistics. Returns the history, a list of dict(stage, epoch, step, train_loss, val_loss, wait), `wait` being the
+    share of the epoch's training time spent waiting for data.
 
     With `folder` an interrupted fit goes on where it was (saved between epochs, at most every `checkpoint_seconds`), a complete one is loaded. `max_seconds` is shared by the stages.
-    Errors: `PoolError` (a pool it needs is missing), `ParameterError` (other input than it was made for; a loss that is not finite)."""
-    _check_fit(model, data)
+    `judge(model)` -> float, larger is better, is asked after every epoch (`judged` in the history; its time counts); the epoch it likes best is kept, whatever the validation loss says.
+    Errors: `PoolError` (a pool it needs is missing), `ParameterError` (other input than it was made for; a loss or a judgement that is not finite)."""
+    _check_fit(model, data, judge)
     seed, folder, began = settings().seed if seed is None else seed, Path(folder) if folder else None, time.monotonic()
-    if folder: _claim(folder, _identity(model, data, seed))
+    if folder: _claim(folder, _identity(model, data, seed, judge))
     if folder and (folder/"model.safetensors").exists():
         set_state(model, read_checkpoint(folder/"model.safetensors")[1], folder/"model.safetensors").eval()
         return json.loads((folder/"history.json").read_text())
@@ -176,7 +213,7 @@ def fit(model, data, folder=None, *, accelerator=None, precision=None, max_secon
             continue
         share = None if max_seconds is None else time.monotonic() + max(0.0, max_seconds - (time.monotonic() - began)) / (len(stages) - number)
         _run_stage(model, stage, data, history, resume, trainer_settings=dict(accelerator=accelerator, precision=precision), deadline=share, on_epoch=on_epoch, seed=seed,
-                   checkpoint_seconds=checkpoint_seconds)
+                   checkpoint_seconds=checkpoint_seconds, judge=judge)
         if folder:
             write_json(folder/f"stage{number}.json", history)
             save_model(model, done)
@@ -188,7 +225,7 @@ def fit(model, data, folder=None, *, accelerator=None, precision=None, max_secon
         for extra in folder.glob("stage*"): extra.unlink()
     return history
 
-# %% ../../nbs/models/310_fit.ipynb #c021
+# %% ../../nbs/models/310_fit.ipynb #c024
 def _fit_statistics(model, data, accelerator, seed):
     "Calls `model.fit_statistics` with batches of the training normals, on the device of the training, without gradients or truth."
     device = trainer_of(accelerator).strategy.root_device

@@ -78,6 +78,8 @@ class Stage:
     epochs: int = 20
     task: bool = False       # does the data module apply its synthetic task?
     val: str = "val"         # pool of the validation loss; None: no validation
+    best: bool = False       # at the end, put back the weights of the epoch with the lowest validation loss
+    patience: int = 0        # stop after so many optimiser steps without a lower validation loss; 0: never
 
 # %% ../../nbs/models/300_model.ipynb #c025
 class AnomalyModel(Part):

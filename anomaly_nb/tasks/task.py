@@ -18,8 +18,10 @@ from ..core import DataError, PoolError, check_sample
 @dataclasses.dataclass
 class Task:
     "Base of all tasks: `task(sample, rng) -> new sample` with the keys `clean` and `target` (and `pretext`). Subclasses are dataclasses that define `apply`."
-    source = None          # class attribute, not a field: images of the own split, set by `bind`
-    needs_source = False   # True: the task draws other images and must be bound
+    source = None            # class attributes, not fields: images of the own split, set by `bind`
+    external = None          # images of another data set, given by `with_external`
+    needs_source = False     # True: the task draws other images of its split and must be bound
+    needs_external = False   # True: it draws images of another data set
 
     def apply(self, sample, rng):
         "What changes: a dict with `image` [C,*spatial], `target` [1,*spatial] in [0,1], and perhaps `pretext`. Must not touch `sample`."
@@ -28,6 +30,7 @@ class Task:
     def __call__(self, sample, rng):
         "A new sample; `sample` stays as it is."
         if self.needs_source and self.source is None: raise PoolError(type(self).__name__, "draws other images and has no source", "task.bind(dataset) first (the data module does it)")
+        if self.needs_external and self.external is None: raise PoolError(type(self).__name__, "draws from another data set and has none", "task.with_external(dataset) first")
         changed = self.apply(sample, rng)
         out = sample | {"clean": sample["image"].copy()} | changed
         out["image"] = np.asarray(out["image"], dtype=np.float32)
@@ -59,14 +62,34 @@ def other(self: Task, sample, rng, tries=20):
         if other["subject"] != sample["subject"]: return other
     raise PoolError(type(self).__name__, f"found no subject but {sample['subject']!r} in {tries} draws from its source", "a source with several subjects")
 
-# %% ../../nbs/tasks/200_task.ipynb #c016
+# %% ../../nbs/tasks/200_task.ipynb #c014
+@patch
+def with_external(self: Task, dataset):
+    "A copy of this task that may draw from `dataset`, another data set of samples with the same number of axes and channels. Errors: `DataError` if it is empty."
+    if not len(dataset): raise DataError(f"task {type(self).__name__}", "was given an empty external data set", "at least one sample")
+    outfitted = copy.copy(self)
+    outfitted.external = dataset
+    return outfitted
+
+# %% ../../nbs/tasks/200_task.ipynb #c015
+@patch
+def stranger(self: Task, sample, rng):
+    "A sample of the external data set, with the axes and channels of `sample`. Errors: `PoolError` without one, `DataError` if it does not match."
+    if self.external is None: raise PoolError(type(self).__name__, "draws from another data set and has none", "task.with_external(dataset) first")
+    found = self.external[int(rng.integers(len(self.external)))]
+    mine, its = sample["image"].shape, found["image"].shape
+    if len(mine) != len(its) or mine[0] != its[0]:
+        raise DataError(f"external sample {found.get('id', '(without id)')!r}", f"has {its[0]} channel(s) and {len(its) - 1} axes", f"{mine[0]} and {len(mine) - 1}, as sample {sample.get('id', '(without id)')!r}")
+    return found
+
+# %% ../../nbs/tasks/200_task.ipynb #c019
 def _frozen(value):
     "A deep copy that compares by bytes."
     if isinstance(value, np.ndarray): return (value.dtype.str, value.shape, value.tobytes())
     if isinstance(value, dict): return {k: _frozen(v) for k, v in value.items()}
     return copy.deepcopy(value)
 
-# %% ../../nbs/tasks/200_task.ipynb #c017
+# %% ../../nbs/tasks/200_task.ipynb #c020
 def check_task(task, sample, seed=0):
     "Runs a task and checks the contract; returns its new sample. Errors: `DataError` naming the task and what it did."
     name, before = type(task).__name__, _frozen(sample)

@@ -28,7 +28,7 @@ test: .venv/ready  ## export check, every notebook, pytest
 	$(BIN)/python -m pytest tests/test_house.py
 	$(BIN)/anomaly-nb data make brain --size tiny --contrast FLAIR
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing
-	$(BIN)/python -m pytest --durations=10 --ignore=tests/test_house.py
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=10 --ignore=tests/test_house.py
 
 test-system: .venv/ready  ## kills, faults and a real browser
 	$(BIN)/python -m pytest tests/system --durations=10

@@ -104,7 +104,7 @@ def test_an_organ_too_small_ends_in_an_error_not_in_a_loop():
     speck = person((40, 40))
     speck["foreground"] = np.zeros_like(speck["foreground"]); speck["foreground"][0, 20, 20:22] = True
     for task in (CutPaste("cutpaste"), PseudoAnomaly(), NSA().bind(crowd((40, 40)))):
-        with pytest.raises(DataError): task(speck, np.random.default_rng(0))
+        with pytest.raises(DataError, match="person0.*no place"): task(speck, np.random.default_rng(0))
     with pytest.raises(DataError): square_patch((2, 40), np.random.default_rng(0))
     with pytest.raises(DataError): cut_sides((2, 2), np.random.default_rng(0))
 

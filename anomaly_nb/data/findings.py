@@ -20,7 +20,7 @@ def ball(thorax, y, x, radius, rng):
     "cm of lung replaced [n,n] by a lumpy ball at (y, x) cm of the body."
     F = thorax.frame
     dy, dx, k = F.Y - y, F.X - x, np.arange(2, 7)
-    a, phase, theta = rng.normal(0, .16, len(k))/k**.5, rng.uniform(0, 2*np.pi, len(k)), np.arctan2(dy, dx)
+    a, phase, theta = rng.normal(0, .22, len(k))/k, rng.uniform(0, 2*np.pi, len(k)), np.arctan2(dy, dx)
     r = radius*np.clip(1 + sum(ai*np.cos(ki*theta + p) for ai, ki, p in zip(a, k, phase)), .7, 1.35)
     inside = 2*np.sqrt(np.clip(r*r - dy*dy - dx*dx, 0, None))
     return np.minimum(ndimage.gaussian_filter(inside, .07/F.px), thorax.air())
@@ -45,7 +45,7 @@ def consolidation(thorax, rng, size=1.0):
     (y, x), radius = somewhere(thorax, rng, 4.0, 1.5), rng.uniform(2.6, 4.4)*size
     squeeze, angle = rng.uniform(.65, 1.0), rng.uniform(0, np.pi)
     u, v = (F.X - x)*np.cos(angle) + (F.Y - y)*np.sin(angle), (F.Y - y)*np.cos(angle) - (F.X - x)*np.sin(angle)
-    f = 1.15 - np.hypot(u, v/squeeze)/radius + .35*wave(rng, F.n, 1.6) + .07*wave(rng, F.n, .5)
+    f = 1.15 - np.hypot(u, v/squeeze)/radius + .27*wave(rng, F.n, 1.6) + .07*wave(rng, F.n, .5)
     filled = np.clip(f/.8, 0, 1)*rng.uniform(.38, .62)*thorax.air()*(np.hypot(u, v/squeeze) < 1.7*radius)
     open_, hilum = np.zeros((F.n, F.n), np.float32), (-2.5, 3.6*np.sign(x))
     out = np.arctan2(y - hilum[0], x - hilum[1])

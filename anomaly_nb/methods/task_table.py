@@ -63,9 +63,11 @@ def cradl_region(volume, spacing=None):
 
 # %% ../../nbs/methods/640_task_table.ipynb #c016
 def _alarms(case, thresholds):
-    "Negatives of one case (`values` ascending, `above` [k+1]: how many from here up) that score >= each threshold, and > each."
+    "How many negatives of one case (`values` ascending and distinct, `above` [k+1]: how many from here up) score >= each ascending threshold, and how many equal it."
     values, above = case
-    return above[np.searchsorted(values, thresholds, "left")], above[np.searchsorted(values, thresholds, "right")]
+    place = np.searchsorted(values, thresholds, "left")
+    same = np.r_[values, np.float32(np.nan)][place] == thresholds
+    return above[place], np.where(same, above[place] - above[np.minimum(place + 1, len(values))], 0)
 
 def _condense(mask, anomaly_map, counts, where):
     "`(sorted scores of positives, (values, above))` of the voxels of one case that count (None: all). Errors: `DataError`."
@@ -121,11 +123,12 @@ def pooled(condensed, cases):
     pos = np.sort(np.concatenate([np.empty(0, np.float32), *(condensed.pos[i] for i in cases)]))
     P, N = len(pos), sum(int(condensed.neg[i][1][0]) for i in cases)
     if not P: return math.nan, math.nan
-    TP, at_least, above = P - np.searchsorted(pos, pos, "left"), np.zeros(P, np.int64), np.zeros(P, np.int64)
+    distinct, count = np.unique(pos, return_counts=True)
+    TP, FP, ties = np.cumsum(count[::-1])[::-1], np.zeros(len(distinct), np.int64), np.zeros(len(distinct), np.int64)
     for i in cases:
-        here = _alarms(condensed.neg[i], pos)
-        at_least += here[0]; above += here[1]
-    return float(np.mean(TP / (TP + at_least))), 1 - float((at_least + above).sum()) / (2 * P * N) if N else math.nan
+        at_least, equal = _alarms(condensed.neg[i], distinct)
+        FP += at_least; ties += equal
+    return float((count * TP / (TP + FP)).sum() / P), 1 - float((count * (2 * FP - ties)).sum()) / (2 * P * N) if N else math.nan
 
 # %% ../../nbs/methods/640_task_table.ipynb #c021
 def batches_of(n, repeats=10, seed=0, size=20):

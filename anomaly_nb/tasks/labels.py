@@ -42,18 +42,19 @@ def logistic(difference, mask, k=13.58, d0=0.162):
 def _closing(y):
     "Grey closing of y [D,H,W] float32: the maximum over a voxel and its 18 nearest, then the minimum."
     n0, n1, n2 = y.shape
+    whole, middle = np.empty(n2 + 2, dtype=np.float32), np.empty(n2 + 2, dtype=np.float32)
     for sign in (np.float32(1), np.float32(-1)):                                  # a minimum is minus the maximum of the negative
-        p = np.full((n0 + 2, n1 + 2, n2 + 2), np.float32(-np.inf), dtype=np.float32)
-        p[1:-1, 1:-1, 1:-1] = sign*y
-        out = np.empty_like(y)
+        p, out = np.full((n0 + 2, n1 + 2, n2 + 2), np.float32(-np.inf), dtype=np.float32), np.empty_like(y)
         for i in range(n0):
             for j in range(n1):
-                a, b, c, d, e = p[i, j + 1], p[i + 1, j], p[i + 1, j + 1], p[i + 1, j + 2], p[i + 2, j + 1]     # rows taken whole
-                f, g, h, m = p[i, j], p[i, j + 2], p[i + 2, j], p[i + 2, j + 2]                                  # rows of which only the middle counts
-                for k in range(n2):
-                    u = max(max(max(a[k], a[k + 1]), max(a[k + 2], b[k])), max(max(b[k + 1], b[k + 2]), max(c[k], c[k + 1])))
-                    v = max(max(max(c[k + 2], d[k]), max(d[k + 1], d[k + 2])), max(max(e[k], e[k + 1]), max(e[k + 2], f[k + 1])))
-                    out[i, j, k] = sign*max(max(u, v), max(max(g[k + 1], h[k + 1]), m[k + 1]))
+                for k in range(n2): p[i + 1, j + 1, k + 1] = sign*y[i, j, k]
+        for i in range(n0):
+            for j in range(n1):
+                a, b, c, d, e, o = p[i, j + 1], p[i + 1, j], p[i + 1, j + 1], p[i + 1, j + 2], p[i + 2, j + 1], out[i, j]
+                f, g, h, m = p[i, j], p[i, j + 2], p[i + 2, j], p[i + 2, j + 2]
+                for k in range(n2 + 2): whole[k] = max(max(max(a[k], b[k]), max(c[k], d[k])), e[k])      # the rows of which three voxels count
+                for k in range(n2 + 2): middle[k] = max(max(f[k], g[k]), max(h[k], m[k]))                # and those of which only the middle does
+                for k in range(n2): o[k] = sign*max(max(whole[k], whole[k + 1]), max(whole[k + 2], middle[k + 1]))
         y = out
     return y
 
@@ -152,17 +153,20 @@ def _close_parts(y, mask, d):
     out = np.zeros(y.shape, dtype=np.float32)
     runs, count = _runs(mask)
     low, high = np.full((count, 3), 2**30, dtype=np.int64), np.zeros((count, 3), dtype=np.int64)
-    for i, j, start, stop, n in runs:
-        low[n, 0], low[n, 1], low[n, 2] = min(low[n, 0], i), min(low[n, 1], j), min(low[n, 2], start)
-        high[n, 0], high[n, 1], high[n, 2] = max(high[n, 0], i + 1), max(high[n, 1], j + 1), max(high[n, 2], stop)
-    e, f, g = (1 if d > 2 else 0), (1 if d > 1 else 0), 1                         # the rim
+    for r in range(len(runs)):
+        i, j, n = runs[r, 0], runs[r, 1], runs[r, 4]
+        low[n, 0], low[n, 1], low[n, 2] = min(low[n, 0], i), min(low[n, 1], j), min(low[n, 2], runs[r, 2])
+        high[n, 0], high[n, 1], high[n, 2] = max(high[n, 0], i + 1), max(high[n, 1], j + 1), max(high[n, 2], runs[r, 3])
     for n in range(count):
-        (a, b, c), (i1, j1, k1) = low[n], high[n]
-        part = np.zeros((i1 - a + 2*e, j1 - b + 2*f, k1 - c + 2*g), dtype=np.float32)
-        for i, j, start, stop, m in runs:
-            if m == n: part[i - a + e, j - b + f, start - c + g:stop - c + g] = y[i, j, start:stop]
-        here, whole = out[a:i1, b:j1, c:k1], _fill(_closing(part), d)
-        here[...] = np.maximum(here, whole[e:e + i1 - a, f:f + j1 - b, g:g + k1 - c])
+        a, b, c = low[n, 0] - (d > 2), low[n, 1] - (d > 1), low[n, 2] - 1         # where the rim begins
+        part = np.zeros((high[n, 0] + (d > 2) - a, high[n, 1] + (d > 1) - b, high[n, 2] + 1 - c), dtype=np.float32)
+        for r in range(len(runs)):
+            i, j = runs[r, 0], runs[r, 1]
+            for k in range(runs[r, 2], runs[r, 3] if runs[r, 4] == n else 0): part[i - a, j - b, k - c] = y[i, j, k]
+        whole = _fill(_closing(part), d)
+        for i in range(low[n, 0], high[n, 0]):
+            for j in range(low[n, 1], high[n, 1]):
+                for k in range(low[n, 2], high[n, 2]): out[i, j, k] = max(out[i, j, k], whole[i - a, j - b, k - c])
     return out
 
 # %% ../../nbs/tasks/225_labels.ipynb #c026
@@ -173,7 +177,7 @@ def close_label(y, mask):
 
 # %% ../../nbs/tasks/225_labels.ipynb #c027
 def flipped_gaussian(difference, mask, sigma=0.2, close=True):
-    "1 - exp(-difference^2 / 2 sigma^2) in the mask, then (`close`) closed and holes filled: float32 [*spatial] in [0,1]. `difference` [*spatial]: mean over channels of |change|; `mask` bool [*spatial]. Errors: `DataError`, `ParameterError`. Source: Baugh et al. 2023, eq. 3."
+    "1 - exp(-difference^2 / 2 sigma^2) in the mask, then (`close`) closed and holes filled: float32 [*spatial] in [0,1]. `difference` [*spatial]: mean over channels of |change|; `mask` bool [*spatial]. Errors: `DataError`, `ParameterError`. Source: Baugh et al. 2023, \"Anomaly labelling\"."
     if not sigma > 0: raise ParameterError("flipped_gaussian", f"sigma is {sigma}", "more than 0")
     difference, mask = _checked(difference, mask, "flipped_gaussian")
     y = np.where(mask, 1 - np.exp(difference*difference*np.float32(-1/(2*sigma**2))), np.float32(0))

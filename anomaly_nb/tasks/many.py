@@ -8,7 +8,6 @@ __all__ = ['NAMES', 'task_names', 'ManyTasks']
 # %% ../../nbs/tasks/260_many.ipynb #c003
 import dataclasses
 
-
 from ..core import ParameterError, choose
 from .deformation import Sink, Source
 from .intensity import SmoothIntensity

@@ -20,7 +20,7 @@ from .recipe import ShapeTask, image_limits
 from .shapes import make_shape, place_shape, turn
 from .task import Task
 
-# %% ../../nbs/tasks/270_patches.ipynb #c007
+# %% ../../nbs/tasks/270_patches.ipynb #c006
 def square_patch(spatial, rng, core=0.5, half=(0.05, 0.2)):
     "Slices of a square (cube) in an image [*spatial]: half-width U(*half) of the shortest side, centre in the central share `core` of each axis, cut off at the border, at least 3 voxels wide. Source: FPI (Tan et al. 2020)."
     N = np.array(spatial)
@@ -31,7 +31,7 @@ def square_patch(spatial, rng, core=0.5, half=(0.05, 0.2)):
     high = np.clip(np.rint(centre + h).astype(int), low + 3, N)
     return tuple(slice(int(a), int(b)) for a, b in zip(low, high))
 
-# %% ../../nbs/tasks/270_patches.ipynb #c010
+# %% ../../nbs/tasks/270_patches.ipynb #c009
 @dataclasses.dataclass
 class FPI(Task):
     "Foreign patch interpolation: a square of another subject, same place, mixed in with share alpha; target alpha where the image changed. Errors: `PoolError`, `DataError`. Source: Tan et al. 2020 (arXiv 2011.04197)."
@@ -51,7 +51,7 @@ class FPI(Task):
         "The new content of the square from both subjects' [C,*box]."
         return (1 - alpha)*x + alpha*other
 
-# %% ../../nbs/tasks/270_patches.ipynb #c011
+# %% ../../nbs/tasks/270_patches.ipynb #c010
 @patch
 def bind(self: FPI, source):
     "A copy that draws other subjects from `source`, and knows who lies at which place."
@@ -59,6 +59,7 @@ def bind(self: FPI, source):
     bound._pairs = Pairs("same").bind(source) if self.location == "same" and len(getattr(source, "subjects", ())) else None
     return bound
 
+# %% ../../nbs/tasks/270_patches.ipynb #c011
 @patch
 def partner(self: FPI, sample, rng):
     "Another subject's image [C,*spatial], at the same place. Errors: `PoolError` if there is nobody, `DataError` if it has another shape."
@@ -103,13 +104,14 @@ def scar_shape(spatial, rng, width=(2/256, 16/256), length=(10/256, 25/256)):
         shape = make_shape("box", sides, turn(d, rng, math.pi/4))
         if shape.mask.sum() >= 3: return shape
 
+# %% ../../nbs/tasks/270_patches.ipynb #c020
 def turned_content(image, shape, centre):
     "What an unturned box around `centre` [d] of image [C,*spatial] holds, turned with the shape: [C,*box], linear interpolation."
     grid = np.stack(np.meshgrid(*[np.arange(n) for n in shape.mask.shape], indexing="ij"), -1)
     places = (shape.own(grid.reshape(-1, grid.shape[-1])) + centre).T             # [d, voxels of the box]
     return np.stack([ndimage.map_coordinates(c, places, order=1, mode="nearest").reshape(shape.mask.shape) for c in image])
 
-# %% ../../nbs/tasks/270_patches.ipynb #c023
+# %% ../../nbs/tasks/270_patches.ipynb #c024
 CLASSES = ("normal", "cutpaste", "scar")
 
 @dataclasses.dataclass
@@ -135,7 +137,7 @@ class CutPaste(Task):
         mean = patch[:, mask].mean(1).reshape(wide)
         return np.clip(mean + contrast*(patch - mean), low, high)
 
-# %% ../../nbs/tasks/270_patches.ipynb #c024
+# %% ../../nbs/tasks/270_patches.ipynb #c025
 @patch
 def draw_places(self: CutPaste, kind, foreground, rng, tries=12):
     "(shape, corner where it is pasted, centre where it is cut): both in `foreground` [*spatial], not the same place; what has no place is drawn again, smaller. Errors: `DataError`."
@@ -150,6 +152,7 @@ def draw_places(self: CutPaste, kind, foreground, rng, tries=12):
             if np.abs(centre - np.array(corner) - shape.middle).max() >= 1: return shape, corner, centre
     raise last or DataError("CutPaste", "cut and pasted at one place in every attempt", "a larger organ")
 
+# %% ../../nbs/tasks/270_patches.ipynb #c026
 @patch
 def apply(self: CutPaste, sample, rng):
     "One of the kinds; the class in `pretext`."
@@ -164,14 +167,15 @@ def apply(self: CutPaste, sample, rng):
         target[0][at[1:]] = binary(np.abs(image[at] - sample["image"][at]).mean(0), shape.mask)
     return dict(image=image, target=target, pretext=CLASSES.index(kind))
 
-# %% ../../nbs/tasks/270_patches.ipynb #c029
+# %% ../../nbs/tasks/270_patches.ipynb #c031
 @dataclasses.dataclass
 class PseudoAnomaly(ShapeTask):
     "Shapes filled with what lies elsewhere in the same image; target 1 where it changed. Errors: `DataError`. Source: Cho et al. 2021 (the idea); shapes and number from Baugh et al. 2023."
     label: str = "binary"
 
     def change(self, image, shape, corner, sample, rng):
-        source, foreground = sample["image"], sample["foreground"][0]                 # from the untouched image
+        "Hook of the recipe: what lies in the same shape at another place of the untouched image."
+        source, foreground = sample["image"], sample["foreground"][0]
         for _ in range(5):
             origin = place_shape(shape, foreground, rng, self.share)
             if origin != corner: break

@@ -106,7 +106,7 @@ def check_numbers(where, **arrays):
 
 # %% ../../nbs/tasks/240_poisson.ipynb #c029
 def poisson_blend(target, source, mask, corner, mix_gradients=True):
-    "Blends source [C,*box] into target [C,*spatial] where mask [*box] is set; the box's first voxel is `corner`. -> new array [C,*spatial], float32 (float64 if the target is)."
+    "Blends source [C,*box] into target [C,*spatial] where mask [*box] is set; the box's first voxel is `corner`. -> new array [C,*spatial], float32 (float64 if the target is), not clipped. Errors: `DataError`. Source: Perez et al. 2003; Baugh et al. 2023, section 2."
     target, source = check_numbers("poisson_blend", target=target, source=source)
     mask = np.asarray(mask)
     if target.ndim != source.ndim or len(target) != len(source): raise DataError("poisson_blend", f"target {target.shape} and source {source.shape} do not go together", "the same channels and number of axes")
@@ -158,7 +158,7 @@ def random_patch(image, foreground, box, rng, angle=np.pi/4, scale=0.1, largest=
 # %% ../../nbs/tasks/240_poisson.ipynb #c041
 @dataclasses.dataclass
 class IntraBlend(ShapeTask):
-    "Patches of another subject of the own split, turned, scaled, blended in by their gradients."
+    "Patches of another subject of the own split, turned, scaled, blended in by their gradients. Source: Baugh et al. 2023, task 0."
     mix: bool = True            # the stronger of the two gradients; else the patch's alone
     angle: float = np.pi/4      # the patch is turned by up to this in every plane
     scale: float = 0.1          # and scaled by 1 + Exp(scale), or its inverse
@@ -180,7 +180,7 @@ class IntraBlend(ShapeTask):
 # %% ../../nbs/tasks/240_poisson.ipynb #c042
 @dataclasses.dataclass
 class InterBlend(IntraBlend):
-    "The same with patches of another data set, bound by `with_external`."
+    "The same with patches of another data set, bound by `with_external`. Source: Baugh et al. 2023, task 1."
     outside: str = ""           # name of that data set in the catalog, for experiments
     needs_source = False
     needs_external = True

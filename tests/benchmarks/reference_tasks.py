@@ -21,8 +21,8 @@ def box_at(corner, shape):
 def label(image, original, mask, sigma=0.2):
     "Flipped Gaussian of the mean change, then each component closed and its holes filled in its own box."
     d = mask.ndim
-    difference = (mask[None] * np.abs(image - original)).mean(0)
-    y = 1 - np.exp(-difference**2 / (2 * sigma**2))
+    y = np.zeros(mask.shape)
+    y[mask] = 1 - np.exp(-np.abs(image - original)[:, mask].mean(0)**2 / (2 * sigma**2))
     found, count = ndimage.label(mask, ndimage.generate_binary_structure(d, d))
     out = np.zeros_like(y)
     for n, box in enumerate(ndimage.find_objects(found), 1):
@@ -75,17 +75,16 @@ def turned_patch(image, foreground, box, rng, angle, scale):
     high = np.ceil(centre + reach).astype(int) + 1
     part = image[(slice(None), *(slice(max(a, 0), b) for a, b in zip(low, high)))]
     offset = centre - np.maximum(low, 0) - matrix @ middle
-    out = np.stack([ndimage.affine_transform(c, matrix, offset, output_shape=tuple(box), order=3, mode="nearest") for c in part])
-    wide = (-1, *(1,) * len(box))
-    return np.clip(out, image.min(tuple(range(1, image.ndim))).reshape(wide), image.max(tuple(range(1, image.ndim))).reshape(wide))
+    out = np.stack([ndimage.affine_transform(c.astype(float), matrix, offset, output_shape=tuple(box), order=3, mode="nearest") for c in part])
+    axes = tuple(range(1, image.ndim))
+    return np.clip(out, image.min(axes, keepdims=True), image.max(axes, keepdims=True))
 
 
-def blend(task, image, original, shape, corner, rng, sample):
+def blend(task, image, limits, shape, corner, rng, sample):
     donor = task.donor(sample, rng)
-    source = turned_patch(donor["image"].astype(float), donor["foreground"][0], shape.mask.shape, rng, task.angle, task.scale)
+    source = turned_patch(donor["image"], donor["foreground"][0], shape.mask.shape, rng, task.angle, task.scale)
     out = poisson_blend(image, source, shape.mask, corner, task.mix)
-    wide = (-1, *(1,) * shape.mask.ndim)
-    out = np.clip(out, original.min(tuple(range(1, image.ndim))).reshape(wide), original.max(tuple(range(1, image.ndim))).reshape(wide))
+    out = np.clip(out, *limits)
     box = box_at(corner, shape.mask.shape)
     return out, shape.mask | (np.abs(out - image)[(slice(None), *box)].mean(0) > 1e-3)
 
@@ -105,7 +104,7 @@ def reach(shape, center, u):
     return (-b + np.sqrt(np.maximum(b**2 - 4 * a * c, 0))) / (2 * a)
 
 
-def deform(task, image, original, shape, corner, rng, sample):
+def deform(task, image, limits, shape, corner, rng, sample):
     mask, box = shape.mask, box_at(corner, shape.mask.shape)
     inside = np.flatnonzero(mask)
     center = np.array(np.unravel_index(inside[rng.integers(len(inside))], mask.shape))
@@ -136,12 +135,12 @@ def deform(task, image, original, shape, corner, rng, sample):
 
 # ---------------------------------------------------------------- smooth intensity
 
-def intensity(task, image, original, shape, corner, rng, sample):
+def intensity(task, image, limits, shape, corner, rng, sample):
     change, width = task.draw(image, rng)
     distance = ndimage.distance_transform_edt(np.pad(shape.mask, 1))[(slice(1, -1),) * shape.mask.ndim]
     out, wide = image.copy(), (-1, *(1,) * shape.mask.ndim)
     out[(slice(None), *box_at(corner, shape.mask.shape))] += change.reshape(wide) * np.minimum(distance / min(width, distance.max()), 1)
-    return np.clip(out, original.min(tuple(range(1, image.ndim))).reshape(wide), original.max(tuple(range(1, image.ndim))).reshape(wide)), shape.mask
+    return np.clip(out, *limits), shape.mask
 
 
 # ---------------------------------------------------------------- the loop: section 2 and supplement
@@ -149,10 +148,11 @@ def intensity(task, image, original, shape, corner, rng, sample):
 def run(change):
     def reference(task, sample, rng):
         original = sample["image"].astype(float)
+        limits = [f(axis=tuple(range(1, original.ndim)), keepdims=True) for f in (original.min, original.max)]
         image, mask = original.copy(), np.zeros(original.shape[1:], bool)
         for _ in range(task.most):
             shape, corner = task.draw_shape(sample["foreground"][0], rng)
-            image, changed = change(task, image, original, shape, corner, rng, sample)
+            image, changed = change(task, image, limits, shape, corner, rng, sample)
             mask[box_at(corner, shape.mask.shape)] |= changed
             if rng.random() >= task.again: break
         return image, label(image, original, mask, task.sigma)

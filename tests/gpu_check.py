@@ -23,18 +23,26 @@ def smooth_batch(n, shape, channels=1):
     return collate(samples)
 
 
+def spoilt(batch):
+    "What a synthetic task adds to a batch, made with torch alone: a brighter box in each image, its label, and a pretext class."
+    import torch
+    box = torch.zeros_like(batch["image"][:, :1])
+    for n in range(len(box)): box[n, 0][tuple(slice(s // 4 + n % 4, s // 2 + n % 4) for s in box.shape[2:])] = 1
+    return {"clean": batch["image"], "image": batch["image"] + 2 * box, "target": box, "pretext": torch.arange(len(box)) % 3}
+
+
 def to(batch, device):
     return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
 
 
 def check(name, entry, dims, device):
     "Trains a model a little on the device; compares its scores with the CPU's on the same weights, float32 and bf16. Returns a row."
-    import copy
     import torch
     shape = (48, 56) if dims == 2 else (24, 32, 24)
     torch.manual_seed(0)
     batch = smooth_batch(16 if dims == 2 else 4, shape)
     if entry.task == "pairs": batch["positive"] = batch["image"].flip(0)
+    elif entry.task: batch |= spoilt(batch)
     model = entry.load()(**({"channels": 1, "spatial_dims": dims, "shape": shape} | entry.defaults))
     model.to(device)
     losses, seconds = [], 0.0
@@ -42,7 +50,9 @@ def check(name, entry, dims, device):
     for stage in model.stages():
         stage.module.to(device).train()
         optimizers = stage.module.configure_optimizers()
-        optimizer = optimizers["optimizer"] if isinstance(optimizers, dict) else optimizers
+        if isinstance(optimizers, tuple): optimizers = {"optimizer": optimizers[0][0], "lr_scheduler": optimizers[1][0]}      # Lightning takes a dict, or two lists
+        optimizer, scheduler = (optimizers["optimizer"], optimizers["lr_scheduler"]) if isinstance(optimizers, dict) else (optimizers, None)
+        scheduler = scheduler["scheduler"] if isinstance(scheduler, dict) else scheduler
         started = time.perf_counter()
         for _ in range(30):
             torch.manual_seed(1)
@@ -51,29 +61,36 @@ def check(name, entry, dims, device):
             loss = loss["loss"] if isinstance(loss, dict) else loss
             loss.backward()
             optimizer.step()
+            if scheduler: scheduler.step()
             losses.append(float(loss.detach()))
         if device.type == "cuda": torch.cuda.synchronize()
         seconds += time.perf_counter() - started
-    model.fit_statistics([on_device])
     model.eval()
-    rows = []
-    for kind in model.kinds:
+    with torch.no_grad():
+        model.fit_statistics([on_device])
+        return [compared(name, model, kind, dims, batch, on_device, losses, seconds) for kind in model.kinds]
+
+
+def compared(name, model, kind, dims, batch, on_device, losses, seconds):
+    "One row: the scores of one kind on the device against the CPU's."
+    import copy
+    import torch
+    device = on_device["image"].device
+    torch.manual_seed(2)
+    gpu = model.score(on_device, kind)["anomaly_map"].detach().cpu()
+    torch.manual_seed(2)
+    cpu = copy.deepcopy(model).cpu().score(batch, kind)["anomaly_map"].detach()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         torch.manual_seed(2)
-        gpu = model.score(on_device, kind)["anomaly_map"].detach().cpu()
-        torch.manual_seed(2)
-        cpu = copy.deepcopy(model).cpu().score(batch, kind)["anomaly_map"].detach()
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            torch.manual_seed(2)
-            half = model.score(on_device, kind)["anomaly_map"].detach().float().cpu()
-        inside = batch["foreground"]
-        def agreement(a, b):
-            "Correlation inside the foreground; of constant maps, whether they are equal."
-            a, b = a[inside], b[inside]
-            return float(torch.allclose(a, b)) if float(b.std()) == 0 else float(torch.corrcoef(torch.stack([a, b]))[0, 1])
-        same, low = agreement(gpu, cpu), agreement(half, cpu)
-        fell = not losses or losses[-1] < 0.9 * losses[0]
-        rows.append((name, kind, dims, same, low, losses[0] if losses else float("nan"), losses[-1] if losses else float("nan"), seconds, same > 0.999 and low > 0.95 and fell and bool(torch.isfinite(gpu).all())))
-    return rows
+        half = model.score(on_device, kind)["anomaly_map"].detach().float().cpu()
+    inside = batch["foreground"]
+    def agreement(a, b):
+        "Correlation inside the foreground; of constant maps, whether they are equal."
+        a, b = a[inside], b[inside]
+        return float(torch.allclose(a, b)) if float(b.std()) == 0 else float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+    same, low = agreement(gpu, cpu), agreement(half, cpu)
+    fell = not losses or losses[-1] < 0.9 * losses[0]
+    return (name, kind, dims, same, low, losses[0] if losses else float("nan"), losses[-1] if losses else float("nan"), seconds, same > 0.999 and low > 0.95 and fell and bool(torch.isfinite(gpu).all()))
 
 
 def main():
@@ -85,7 +102,7 @@ def main():
         return 2
     device = torch.device("cpu" if dry else "cuda")
     print(f"gpu-check on {'the CPU (a dry run of this script: says nothing about a GPU)' if dry else torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    print(f"{'model':<12}{'score':<16}{'dims':<6}{'gpu~cpu':<10}{'bf16~f32':<10}{'loss':<24}{'30 steps':<10}")
+    print(f"{'model':<14}{'score':<16}{'dims':<6}{'gpu~cpu':<10}{'bf16~f32':<10}{'loss':<24}{'30 steps':<10}")
     good = True
     for name, entry in MODELS.items():
         for dims in entry.dims:

@@ -7,6 +7,7 @@ __all__ = ['POOLS', 'LEAST', 'MOST', 'EpochSampler', 'hide', 'Pool', 'ReadyPool'
            'check_normals', 'AnomalyDataModule']
 
 # %% ../../nbs/data/160_module.ipynb #c003
+import json
 import tempfile
 from pathlib import Path
 
@@ -67,7 +68,10 @@ class Pool(Dataset):
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = hide(self.dataset[index], self.name)
-        if self.task is None: return sample
+        return sample if self.task is None else self.spoil(sample, epoch, index)
+
+    def spoil(self, sample, epoch, index):
+        "The sample after the task. Errors: `LeakageError` if it became another pool's."
         sample = self.task(sample, np.random.default_rng([self.seed, self.split, 0 if self.fixed else epoch, index]))
         if sample["subject"] not in self._members: raise LeakageError(f"pool {self.name!r}", f"the task brought in subject {sample['subject']!r}", "samples of this pool only")
         return sample
@@ -81,19 +85,23 @@ class Pool(Dataset):
 # %% ../../nbs/data/160_module.ipynb #c016
 class ReadyPool(Pool):
     "A pool with a task whose samples of the first `ready` epochs are kept in `folder` (made on first use) and shown again in later epochs."
-    def __init__(self, dataset, name, seed, task, ready, folder):
-        super().__init__(dataset, name, seed, task)
+    def __init__(self, dataset, name, seed, task, ready, folder, fixed=None):
+        super().__init__(dataset, name, seed, task, fixed)
         self.ready, self.folder = ready, Path(folder)
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        file = self.folder/f"{epoch % self.ready}-{index}.npz"
-        if not file.exists():
-            sample = super().__getitem__((epoch % self.ready, index))
-            with write_aside(file) as aside, open(aside, "wb") as stream: np.savez(stream, **{k: sample[k] for k in ("image", "target", "positive", "pretext") if k in sample})
-            return sample
-        sample = hide(self.dataset[index], self.name)
-        with np.load(file, allow_pickle=False) as kept: return sample | {"clean": sample["image"]} | {k: kept[k] if kept[k].ndim else kept[k].item() for k in kept.files}
+        epoch, sample = 0 if self.fixed else epoch % self.ready, hide(self.dataset[index], self.name)
+        file = self.folder/f"{epoch}-{index}.npz"
+        if not file.exists(): self.keep(file, sample, self.spoil(sample, epoch, index))
+        with np.load(file, allow_pickle=False) as kept: new = {k: v if v.ndim else v.item() for k, v in kept.items()}
+        return sample | {"clean": sample["image"]} | new | {"meta": sample["meta"] | json.loads(new["meta"])}
+
+    def keep(self, file, sample, made):
+        "Writes what the task changed; what it added to `meta` as JSON."
+        new = {k: v for k, v in made.items() if k not in ("clean", "meta") and v is not sample.get(k)}
+        said = {k: v for k, v in made["meta"].items() if k not in sample["meta"]}
+        with write_aside(file) as aside, open(aside, "wb") as stream: np.savez(stream, **new, meta=json.dumps(said, default=lambda v: v.tolist()))
 
 # %% ../../nbs/data/160_module.ipynb #c018
 def _some(names, n=5):
@@ -144,7 +152,7 @@ def check_normals(pools):
 class AnomalyDataModule(pl.LightningDataModule):
     """Pools of one experiment, checked when it is made. `task`: synthetic anomalies or a pretext task, bound to each split; `val_task`: another one for the validation.
 
-    `ready`: keep the anomalies of that many epochs and repeat them (0: always new ones); `resample_val`: new validation anomalies in every epoch. Errors: `DataError`, `LeakageError`."""
+    `ready`: keep the anomalies of that many epochs on disk and repeat them (0: always make them); `resample_val`: new validation anomalies in every epoch. Errors: `DataError`, `LeakageError`."""
     def __init__(self, train, val, test=None, weak=None, unlabelled=None, val_anomalous=None, task=None, batch_size=16, workers=0, seed=0, val_task=None, ready=0, resample_val=False):
         super().__init__()
         if isinstance(ready, bool) or not isinstance(ready, int) or ready < 0: raise ParameterError("ready", f"is {ready!r}", "a number of epochs, 0 for always new anomalies")
@@ -192,11 +200,11 @@ def loader(self: AnomalyDataModule, pool, task=False, shuffle=False, batch_size=
     own = self.pools[pool]
     fixed = pool in _FIXED and not (task and self.resample_val)
     dataset = Pool(own.dataset, pool, self.seed, self.bound_task(pool), fixed) if task else own
-    if task and self.ready and not fixed: dataset = self.ready_pool(dataset)
+    if task and self.ready: dataset = self.ready_pool(dataset)
     workers = self.workers if workers is None else workers
     shares = getattr(own.dataset, "shares", None)
     which = np.flatnonzero(shares >= LEAST) if task and shares is not None else np.arange(len(dataset))
-    if task and fixed and len(which) > MOST: which = which[np.linspace(0, len(which) - 1, MOST).round().astype(int)]
+    if task and pool in _FIXED and len(which) > MOST: which = which[np.linspace(0, len(which) - 1, MOST).round().astype(int)]
     if not len(which): raise DataError(f"pool {pool!r}", f"has no slice with {LEAST:.0%} of organ", "something for the task to work on")
     sampler = EpochSampler(which, shuffle, self.seed, own.split, fixed=fixed)
     return DataLoader(dataset, batch_size=batch_size or self.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
@@ -208,7 +216,7 @@ def ready_pool(self: AnomalyDataModule, pool):
     self._kept = self._kept or tempfile.TemporaryDirectory(prefix="anomaly_nb-ready-")
     folder = Path(self._kept.name)/pool.name
     folder.mkdir(exist_ok=True)
-    return ReadyPool(pool.dataset, pool.name, self.seed, pool.task, self.ready, folder)
+    return ReadyPool(pool.dataset, pool.name, self.seed, pool.task, self.ready, folder, pool.fixed)
 
 # %% ../../nbs/data/160_module.ipynb #c029
 @patch

@@ -21,14 +21,14 @@ def task_splits(names, trained):
         raise ParameterError("trained", f"is {trained!r}, there are {len(names)} tasks", f"a number from 1 to {len(names) - 1}: at least one task must be left for the validation")
     return [(chosen, tuple(n for n in names if n not in chosen)) for chosen in itertools.combinations(names, trained)]
 
-# %% ../../nbs/methods/620_folds.ipynb #c009
+# %% ../../nbs/methods/620_folds.ipynb #c010
 def subject_parts(subjects, count):
     "Sorted unique `subjects` in `count` contiguous parts, the first ones larger by one where they do not divide. Errors: `DataError` for fewer subjects than parts."
     who = sorted(set(subjects))
     if len(who) < count: raise DataError("task folds", f"have {len(who)} subjects for {count} parts", f"at least {count} training subjects")
     return [list(map(str, part)) for part in np.array_split(np.array(who), count)]
 
-# %% ../../nbs/methods/620_folds.ipynb #c010
+# %% ../../nbs/methods/620_folds.ipynb #c012
 @dataclass(frozen=True)
 class Fold:
     "One network of the cross-validation: what it is trained and validated on. `split` reads '1/4' for one task trained and four validated."
@@ -39,6 +39,7 @@ class Fold:
     train_subjects: tuple
     val_subjects: tuple
 
+# %% ../../nbs/methods/620_folds.ipynb #c014
 def task_folds(subjects, trained, names):
     "The folds for `trained` of the tasks `names`: task k belongs to part k of the people; the larger side's people are trained on, whichever tasks they belong to."
     parts, folds = subject_parts(subjects, len(names)), []
@@ -48,14 +49,14 @@ def task_folds(subjects, trained, names):
         folds.append(Fold(f"{len(chosen)}/{len(left)}", index, chosen, left, tuple(mine), tuple(others)))
     return folds
 
-# %% ../../nbs/methods/620_folds.ipynb #c011
+# %% ../../nbs/methods/620_folds.ipynb #c016
 def one_fold(subjects, trained, index, names):
     "Fold number `index` of `task_folds`. Errors: `ParameterError`."
     folds = task_folds(subjects, trained, names)
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(folds): raise ParameterError("fold", f"is {index!r}", f"0 to {len(folds) - 1} for {trained} of {len(names)} tasks")
     return folds[index]
 
-# %% ../../nbs/methods/620_folds.ipynb #c016
+# %% ../../nbs/methods/620_folds.ipynb #c022
 def fold_records(fold, records):
     "(train, val) of the training pool's `records`, whole subjects. Errors: `DataError` for a subject that the fold does not know."
     strangers = sorted({r.subject for r in records} - {*fold.train_subjects, *fold.val_subjects})

@@ -19,7 +19,7 @@ from .recipe import ShapeTask
 from .shapes import turn
 from .splines import LARGEST, along, sample_affine, spline_coefficients
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c010
+# %% ../../nbs/tasks/240_poisson.ipynb #c012
 @functools.lru_cache(maxsize=None)
 def sine_matrix(n, dtype="float32"):
     "DST-I [n,n] as an orthonormal, symmetric matrix, its own inverse: sqrt(2/(n+1)) sin(pi (k+1)(i+1)/(n+1))."
@@ -29,26 +29,26 @@ def sine_matrix(n, dtype="float32"):
     matrix.flags.writeable = False
     return matrix
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c011
+# %% ../../nbs/tasks/240_poisson.ipynb #c013
 @functools.lru_cache(maxsize=None)
 def eigenvalues(n, dtype="float32"):
     "2 cos(pi (k+1)/(n+1)) - 2 for k = 0..n-1: of the second difference of n numbers between two zeros."
     return (2*np.cos(np.pi*np.arange(1, n + 1)/(n + 1)) - 2).astype(dtype)
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c014
+# %% ../../nbs/tasks/240_poisson.ipynb #c016
 def sine_transform(x):
     "Orthonormal DST-I of x [C,*n] along the spatial axes, its own inverse: a matrix product, or an FFT along axes of more than 256."
     x = along(x, [sine_matrix(n, x.dtype.name) if n <= LARGEST else None for n in x.shape[1:]])
     long = [axis for axis, n in enumerate(x.shape[1:], start=1) if n > LARGEST]
     return fft.dstn(x, type=1, axes=long, norm="ortho") if long else x
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c015
+# %% ../../nbs/tasks/240_poisson.ipynb #c017
 def solve_dirichlet(rhs):
     "The u [C,*n] with discrete Laplacian `rhs` [C,*n] that is 0 just outside of the n interior voxels; exact to rounding, float32 or float64, any number of axes."
     eigenvalue = functools.reduce(np.add.outer, [eigenvalues(n, rhs.dtype.name) for n in rhs.shape[1:]])     # lambda, a sum over the axes
     return sine_transform(sine_transform(rhs)/eigenvalue)
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c022
+# %% ../../nbs/tasks/240_poisson.ipynb #c023
 @compiled
 def guidance_divergence(target, source, mask, mixed):
     "Divergence of mask*(guidance - target gradient) in a box [C,a,b,c] (axes of 1 are none): [C, a-2, ...]; the outermost layer of the mask counts as empty."
@@ -77,7 +77,7 @@ def guidance_divergence(target, source, mask, mixed):
                         if p - ea < rhs.shape[1] and q - eb < rhs.shape[2] and r - 1 < rhs.shape[3]: rhs[n, p - ea, q - eb, r - 1] -= h
     return rhs
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c023
+# %% ../../nbs/tasks/240_poisson.ipynb #c024
 def blend_box(target, source, mask, mix_gradients=True):
     "Target box [C,*box] (float32 or float64), source [C,*box], mask [*box] bool, sides >= 3 -> blended box [C,*box]; nothing is checked here."
     full = (len(target), *(1,)*(4 - target.ndim), *mask.shape)
@@ -86,7 +86,7 @@ def blend_box(target, source, mask, mix_gradients=True):
     out[inner] += solve_dirichlet(rhs.reshape(len(rhs), *(n - 2 for n in mask.shape)))
     return out
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c027
+# %% ../../nbs/tasks/240_poisson.ipynb #c028
 def check_box(where, image, box, corner):
     "Slices of the box [*box] at `corner` of image [C,*spatial]. Errors: `DataError` for 0 or more than 3 axes, another number of axes, a side below 3, a box that leaves the image."
     spatial, corner = image.shape[1:], tuple(int(n) for n in np.ravel(corner))
@@ -96,7 +96,7 @@ def check_box(where, image, box, corner):
     if any(o < 0 or o + n > m for o, n, m in zip(corner, box, spatial)): raise DataError(where, f"the box {tuple(box)} at {corner} leaves the image {tuple(spatial)}", "a box inside the image")
     return tuple(slice(o, o + n) for o, n in zip(corner, box))
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c028
+# %% ../../nbs/tasks/240_poisson.ipynb #c029
 def check_numbers(where, **arrays):
     "The arrays, those that are not float64 as float32. Errors: `DataError` naming one with NaN or infinite values."
     arrays = {name: np.asarray(a) for name, a in arrays.items()}
@@ -104,7 +104,7 @@ def check_numbers(where, **arrays):
         if not np.isfinite(a.sum(dtype=np.float64)): raise DataError(where, f"NaN or infinite values in the {name}", "finite numbers")
     return [a.astype(np.float64 if a.dtype == np.float64 else np.float32, copy=False) for a in arrays.values()]
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c029
+# %% ../../nbs/tasks/240_poisson.ipynb #c030
 def poisson_blend(target, source, mask, corner, mix_gradients=True):
     "Blends source [C,*box] into target [C,*spatial] where mask [*box] is set; the box's first voxel is `corner`. -> new array [C,*spatial], float32 (float64 if the target is), not clipped. Errors: `DataError`. Source: Perez et al. 2003; Baugh et al. 2023, section 2."
     target, source = check_numbers("poisson_blend", target=target, source=source)
@@ -118,7 +118,7 @@ def poisson_blend(target, source, mask, corner, mix_gradients=True):
     out[(slice(None), *box)] = blend_box(target[(slice(None), *box)], source, mask, mix_gradients)
     return out
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c035
+# %% ../../nbs/tasks/240_poisson.ipynb #c036
 def place_patch(foreground, matrix, box, rng, largest=0.8, tries=50):
     "(centre [d], matrix [d,d]) of a turned patch `box` inside an image with `foreground` [*spatial]: the matrix scaled down to keep within `largest` of the image, the centre voxel in the foreground. Errors: `DataError` if that is empty."
     N, extent = np.array(foreground.shape), np.array(box) - 1.                        # from the first voxel's centre to the last one's
@@ -131,7 +131,7 @@ def place_patch(foreground, matrix, box, rng, largest=0.8, tries=50):
     if not len(voxels): raise DataError("random_patch", "the foreground is empty", "an organ to take a patch from")
     return np.clip(voxels[int(rng.integers(len(voxels)))], reach, N - 1 - reach), matrix
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c036
+# %% ../../nbs/tasks/240_poisson.ipynb #c037
 def cut_patch(image, centre, matrix, box):
     "Patch [C,*box] of image [C,*spatial]: voxel x of the patch is the image at `centre + matrix @ (x - middle)`, inside the image; cubic spline, clipped to the image's range."
     d, N, middle = len(box), np.array(image.shape[1:]), (np.array(box) - 1)/2
@@ -146,7 +146,7 @@ def cut_patch(image, centre, matrix, box):
     wide = (-1, *(1,)*d)
     return np.clip(out.reshape(len(image), *box), limits.min(1).reshape(wide), limits.max(1).reshape(wide))
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c037
+# %% ../../nbs/tasks/240_poisson.ipynb #c038
 def random_patch(image, foreground, box, rng, angle=np.pi/4, scale=0.1, largest=0.8):
     "A patch [C,*box] of image [C,*spatial]: turned by up to `angle` in every plane, scaled by 1 + Exp(`scale`) or its inverse, centre voxel in `foreground` ([*spatial] or [1,*spatial]); cubic, clipped to the image's range."
     image, d = np.asarray(image), len(box)
@@ -155,7 +155,7 @@ def random_patch(image, foreground, box, rng, angle=np.pi/4, scale=0.1, largest=
     if rng.random() < 0.5: zoom = 1/zoom
     return cut_patch(image, *place_patch(np.asarray(foreground).reshape(image.shape[1:]), zoom*turn(d, rng, angle), box, rng, largest), box)
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c041
+# %% ../../nbs/tasks/240_poisson.ipynb #c042
 @dataclasses.dataclass
 class IntraBlend(ShapeTask):
     "Patches of another subject of the own split, turned, scaled, blended in by their gradients. Source: Baugh et al. 2023, task 0."
@@ -177,7 +177,7 @@ class IntraBlend(ShapeTask):
         new = np.clip(blend_box(image[box], source, shape.mask, self.mix), low, high)
         return new, shape.mask | (np.abs(new - image[box]).mean(0) > 1e-3)
 
-# %% ../../nbs/tasks/240_poisson.ipynb #c042
+# %% ../../nbs/tasks/240_poisson.ipynb #c043
 @dataclasses.dataclass
 class InterBlend(IntraBlend):
     "The same with patches of another data set, bound by `with_external`. Source: Baugh et al. 2023, task 1."

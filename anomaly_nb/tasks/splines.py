@@ -32,8 +32,6 @@ def along(array, matrices):
     return array
 
 # %% ../../nbs/tasks/237_splines.ipynb #c009
-LARGEST = 256     # longer axes go another way: kept matrices would fill the memory
-
 @functools.lru_cache(maxsize=None)
 def spline_matrix(n, dtype="float32"):
     "Matrix [n+2,n]: n samples -> the coefficients -1..n of the cubic spline through them; beyond the ends the samples repeat (scipy's mode \"nearest\"). n >= 2."

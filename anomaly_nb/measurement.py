@@ -9,14 +9,17 @@ __all__ = ['measure_kinds', 'overview', 'family_table', 'draw_results', 'draw_lo
 import pandas as pd
 
 from . import viz
+from .core import ParameterError
 from .evaluation import detection_metrics, measure, panel_row, read_images, save_case_histograms, save_map_slices, save_slices, telling_cases
 from .metrics.detection import roc_curve
 
-# %% ../nbs/714_measurement.ipynb #c006
+# %% ../nbs/714_measurement.ipynb #c008
 def measure_kinds(run, cases, rows, scored, kinds, mapped, methods, baseline, pixel_fpr):
     """Metrics of each kind of score, with histograms, slices and the per-subject table written into the run's folder. Returns ({kind: metrics}, per-subject rows, {kind: (labels, scores) of images}).
 
     run: `RunFolder`; cases: {pool: [Case]}; rows: {pool: rows of `predict`}; scored: folder of `predict` for the test pool; mapped: the kinds that have maps; methods: {kind: name}; pixel_fpr: of the threshold."""
+    unnamed = [kind for kind in kinds if kind not in methods] + [kind for kind in mapped if kind not in kinds]
+    if unnamed: raise ParameterError("methods", f"and kinds do not name {', '.join(map(repr, unnamed))}", "a name for every kind, and maps of these kinds only")
     metrics, subjects = {}, []
     for kind in mapped:
         metrics[kind], found = measure(cases["test"], cases["val"], kind, pixel_fpr, cases.get("val_anomalous", []))
@@ -34,20 +37,21 @@ def measure_kinds(run, cases, rows, scored, kinds, mapped, methods, baseline, pi
 def _without_map(rows, kind, subjects):
     "Subject metrics of a kind without maps; adds its rows to `subjects`."
     own = [r for r in rows if r["kind"] == kind]
-    subjects += [{"kind": kind, "mask_known": False, "site": "", **{k: r.get(k) for k in ("id", "subject", "label", "family", "site", "score")}} for r in own]
+    subjects += [{"kind": kind, "mask_known": False, **{k: r.get(k) for k in ("id", "subject", "label", "family", "site", "score")}} for r in own]
     return {"subject": detection_metrics([r["label"] for r in own], [r["score"] for r in own])}
 
-# %% ../nbs/714_measurement.ipynb #c008
+# %% ../nbs/714_measurement.ipynb #c015
 def overview(metrics):
     "One row a kind with maps: the columns that a reader looks at first."
     return pd.DataFrame({kind: {"pixel AP": m["pixel"]["ap"], "pixel AUROC": m["pixel"]["auroc"], "best Dice (oracle)": m["pixel"]["best_dice_oracle"], "Dice (normal threshold)": m["pixel"]["dice"],
                                 "AUPRO": m["pixel"]["aupro"], "subject AUROC": m["subject"]["auroc"], "image AUROC": m["image"]["auroc"]} for kind, m in metrics.items() if m.get("pixel")}).round(3)
 
+# %% ../nbs/714_measurement.ipynb #c017
 def family_table(metrics):
     "One row a kind and family of lesions."
     return pd.DataFrame({(kind, family): row for kind, m in metrics.items() for family, row in m.get("families", {}).items()}).T.round(3)
 
-# %% ../nbs/714_measurement.ipynb #c009
+# %% ../nbs/714_measurement.ipynb #c021
 def draw_results(run, cases, subjects, images, mapped, methods, cohort):
     "Saves and returns the figures: a panel of best, median and worst test case for each kind with maps, ROC curves of the images. `cohort`: what the titles call the data."
     by_id, figures = {case.id: case for case in cases["test"]}, []
@@ -62,6 +66,7 @@ def draw_results(run, cases, subjects, images, mapped, methods, cohort):
         run.figure(figures[-1], "roc-images")
     return figures
 
+# %% ../nbs/714_measurement.ipynb #c024
 def draw_losses(run, history, who):
     "Saves the history of a training as a table and one loss curve a stage."
     if not history: return

@@ -22,7 +22,7 @@ from ..core import DataError, settings, track
 
 # %% ../../nbs/data/104_jobs.ipynb #c006
 def code_of(module):
-    "The statements of a module without docstrings and comments."
+    "The statements of a module, class or function (not an indented one) without docstrings and comments."
     tree = ast.parse(inspect.getsource(module))
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and node.body and isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant): node.body[0].value.value = ""
@@ -51,7 +51,7 @@ def _run_parallel(jobs, make, processes):
     finally:
         for n, v in before.items(): os.environ.pop(n) if v is None else os.environ.update({n: v})
 
-# %% ../../nbs/data/104_jobs.ipynb #c010
+# %% ../../nbs/data/104_jobs.ipynb #c013
 def is_made(job):
     "Whether every file of a job is there."
     return all(f.is_file() for f in job.files())
@@ -66,7 +66,7 @@ def run_jobs(jobs, make, processes=0, seconds=0.0, description="cohort"):
         except BrokenProcessPool: jobs = [j for j in jobs if not is_made(j)]
     for job in track(jobs, description): make(job)
 
-# %% ../../nbs/data/104_jobs.ipynb #c011
+# %% ../../nbs/data/104_jobs.ipynb #c014
 def build_jobs(jobs, make, processes=0, seconds=0.0, description="cohort", finish=None):
     "Makes what is missing of `jobs` (all of one folder) under the folder's lock, then calls `finish()` under it. `make` and the jobs must be picklable; `seconds`: expected for one job. Errors: `DataError` naming the folder when it cannot be written."
     if not (jobs := [j for j in jobs if not is_made(j)]): return

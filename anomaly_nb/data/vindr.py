@@ -27,9 +27,13 @@ def findings(part):
     "The 28 columns of findings of the table of `part` (\"train\" or \"test\"), in order."
     return (*LOCAL, "COPD", "Lung tumor", "Pneumonia", "Tuberculosis", OTHER[part], NONE)
 
-def label_columns(part): return ("image_id", *(("rad_id",) if part == "train" else ()), *findings(part))
+def label_columns(part):
+    "Columns of `image_labels_{part}.csv`."
+    return ("image_id", *(("rad_id",) if part == "train" else ()), *findings(part))
 
-def box_columns(part): return ("image_id", *(("rad_id",) if part == "train" else ()), "class_name", "x_min", "y_min", "x_max", "y_max")
+def box_columns(part):
+    "Columns of `annotations_{part}.csv`."
+    return ("image_id", *(("rad_id",) if part == "train" else ()), "class_name", "x_min", "y_min", "x_max", "y_max")
 
 # %% ../../nbs/data/181_vindr.ipynb #c008
 def _table(path, columns):
@@ -60,9 +64,12 @@ def read_annotations(path, part):
 
 # %% ../../nbs/data/181_vindr.ipynb #c010
 def box_mask(boxes, shape):
-    "[H,W] bool: union of boxes (x0, y0, x1, y1), rounded, cut at the border; a box thinner than a pixel still covers one."
+    "[H,W] bool: union of boxes (x0, y0, x1, y1), rounded, cut at the border; a box thinner than a pixel still covers one, a box beside the picture none."
     mask = np.zeros(shape, bool)
-    for x0, y0, x1, y1 in np.rint(np.asarray(boxes, float).reshape(-1, 4)).astype(int): mask[max(y0, 0):max(y1, y0 + 1), max(x0, 0):max(x1, x0 + 1)] = True
+    def span(a, b, n):
+        start = min(max(round(a), 0), n - 1)
+        return slice(start, max(min(round(b), n), start + 1)) if a < n and b > 0 else slice(0)
+    for x0, y0, x1, y1 in boxes: mask[span(y0, y1, shape[0]), span(x0, x1, shape[1])] = True
     return mask
 
 def verdict(votes):
@@ -70,13 +77,14 @@ def verdict(votes):
     ill = sum(NONE not in said for said in votes.values())
     return 0 if not ill else 1 if 2*ill > len(votes) else None
 
-# %% ../../nbs/data/181_vindr.ipynb #c013
+# %% ../../nbs/data/181_vindr.ipynb #c014
 def boxes_file(image, boxes, cache):
     "File of the union of `boxes` on the grid of the DICOM `image` (NIfTI in the cache, made when missing)."
     shape, spacing = dicom_grid(image)
-    file = Path(cache)/"boxes"/f"{stable_hash([1, boxes, shape, spacing], 24)}.nii.gz"
+    file = Path(cache)/"boxes"/f"{stable_hash([2, boxes, shape, spacing], 24)}.nii.gz"
     if not file.is_file():
-        try: write_volume(file, box_mask(boxes, shape)[None].astype(np.uint8), plain_affine(spacing or (1., 1., 1.)))
+        if not (mask := box_mask(boxes, shape)).any(): raise DataError(image, f"has no box inside its {shape[1]} x {shape[0]} pixels, but {len(boxes)} beside it", "boxes in pixels of the file")
+        try: write_volume(file, mask[None].astype(np.uint8), plain_affine(spacing or (1., 1., 1.)))
         except OSError as error: raise DataError(cache, f"the masks cannot be written ({error.strerror or error})", "a writable folder with free space ([paths] cache in settings.ini)") from None
     return str(file)
 
@@ -96,7 +104,7 @@ def read_vindr(path, part, cache=None, only=None):
         found[name] = Record(name, name, (str(file),), ill, mask, not ill or bool(mask), meta=meta)
     return found
 
-# %% ../../nbs/data/181_vindr.ipynb #c014
+# %% ../../nbs/data/181_vindr.ipynb #c015
 def vindr_records(path, pools=("train", "val", "test"), side=256, equalise=True, val_share=0.1, seed=0, cache=None):
     """Records of VinDr-CXR: {pool: [Record]}. train and val: the healthy of train/; val_anomalous: the ill of train/; test: all of test/. Other pools do not exist and are left out.
 

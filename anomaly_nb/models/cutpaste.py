@@ -42,7 +42,7 @@ class CutPasteClassifier(AnomalyModel):
     `widths`: channels of the strided convolutions; `features`: numbers of a vector; `shrinkage` of the covariances. Trains on the task `cutpaste`: batches with `pretext` (0 normal, 1 pasted, 2 scar)."""
     kinds = ("density",)
 
-    def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), features=64, shrinkage=0.01, lr=2e-3, weight_decay=1e-4, epochs=20):
+    def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), features=64, shrinkage=0.01, lr=5e-4, weight_decay=1e-4, epochs=20):
         super().__init__(channels, spatial_dims, shape, lr, epochs)
         self.encoder = ConvEncoder(channels, spatial_dims, shape, widths, features, dense=False)
         self.head = nn.Sequential(nn.GELU(), nn.Linear(features, features), nn.GELU(), nn.Linear(features, 3))

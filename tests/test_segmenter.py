@@ -1,0 +1,229 @@
+"""U-Net, segmenter, ensemble, DRAEM and CutPaste's classifier: against second implementations, under bad input, in three dimensions, and within their budgets."""
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_models import batch_of, with_task  # noqa: E402
+
+from anomaly_nb.core import ParameterError, rng_of, seed_everything  # noqa: E402
+from anomaly_nb.data.brain import brain_records  # noqa: E402
+from anomaly_nb.data.module import AnomalyDataModule  # noqa: E402
+from anomaly_nb.data.sets import VolumeSet  # noqa: E402
+from anomaly_nb.data.transforms import CropOrPad, zscore  # noqa: E402
+from anomaly_nb.metrics.localization import pixel_ap  # noqa: E402
+from anomaly_nb.models.checks import check_detects  # noqa: E402
+from anomaly_nb.models.cutpaste import CutPasteClassifier  # noqa: E402
+from anomaly_nb.models.draem import DRAEM  # noqa: E402
+from anomaly_nb.models.ensemble import Ensemble  # noqa: E402
+from anomaly_nb.models.fit import fit  # noqa: E402
+from anomaly_nb.models.model import load_model, save_model  # noqa: E402
+from anomaly_nb.models.segmenter import SIZES, Segmenter, rate_factor  # noqa: E402
+from anomaly_nb.models.unet import UNet, fourier_features  # noqa: E402
+from anomaly_nb.tasks.many import ManyTasks  # noqa: E402
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class PlainUNet(nn.Module):
+    "The same network written down plainly: position concatenated to the image, nothing cached, modules made from the state of the other."
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        net, dims = self.net, x.ndim - 2
+        conv, up = (nn.functional.conv2d, "bilinear") if dims == 2 else (nn.functional.conv3d, "trilinear")
+        def normed(x, module):
+            mean, var = x.mean(tuple(range(2, x.ndim)), keepdim=True), x.var(tuple(range(2, x.ndim)), unbiased=False, keepdim=True)
+            shape = (1, -1, *[1] * dims)
+            x = (x - mean) / torch.sqrt(var + 1e-5) * module[0].weight.view(shape) + module[0].bias.view(shape)
+            return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+        def block(x, module):
+            x = normed(conv(x, module[0].weight, module[0].bias, stride=module[0].stride, padding=1), module[1])
+            return normed(conv(x, module[2].weight, module[2].bias, padding=1), module[3])
+        axes = torch.meshgrid(*[torch.arange(n).double() for n in x.shape[2:]], indexing="ij")
+        place = torch.stack([-1 + 2 * a / (n - 1) for a, n in zip(axes, x.shape[2:])])
+        v = torch.stack([a / n for a, n in zip(axes, x.shape[2:])])
+        angle = 2 * np.pi * torch.einsum("kd,d...->k...", net.frequencies.double(), v)
+        code = torch.cat([place, angle.sin(), angle.cos()]).float().expand(len(x), *[-1] * (dims + 1))
+        x = torch.cat([x, code], 1)
+        x = normed(conv(x, net.entrance.conv.weight, net.entrance.conv.bias, padding=1), net.first[0])
+        levels = [normed(conv(x, net.first[1].weight, net.first[1].bias, padding=1), net.first[2])]
+        for module in net.down: levels.append(block(levels[-1], module))
+        x = levels.pop()
+        for module in net.up: x = block(torch.cat([nn.functional.interpolate(x, scale_factor=2, mode=up), levels.pop()], 1), module)
+        return conv(x, net.head.weight)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 8, 24)])
+def test_unet_is_the_plain_network(shape):
+    torch.manual_seed(0)
+    net = UNet(2, 3, len(shape), (4, 6, 8, 10))
+    for p in net.parameters(): p.data.add_(0.1 * torch.randn_like(p))                     # scales and offsets of the normalisation count too
+    x = torch.randn(3, 2, *shape)
+    fast, slow = net(x), PlainUNet(net)(x)
+    assert torch.allclose(fast, slow, atol=1e-4), (fast - slow).abs().max()
+    grads = []
+    for run in (net, PlainUNet(net)):
+        net.zero_grad()
+        (run(x)**2).mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert torch.allclose(grads[0], grads[1], atol=1e-4 * float(grads[1].abs().max()))
+
+
+def test_frequencies_are_those_of_the_seed_and_saved(tmp_path):
+    torch.manual_seed(1)
+    a = UNet(widths=(4, 8))
+    torch.manual_seed(2)
+    assert torch.equal(a.frequencies, UNet(widths=(4, 8)).frequencies) and not torch.equal(a.frequencies, UNet(widths=(4, 8), seed=43).frequencies)
+    assert abs(float(UNet(fourier=4000).frequencies.std()) - 12) < 0.3
+    model = Segmenter(widths=(4, 8))
+    model.net.frequencies.mul_(0.5)                                                       # a network that was trained with others reads others
+    again = load_model(save_model(model, tmp_path/"m.safetensors"), Segmenter)
+    assert torch.equal(again.net.position((9, 7))[0, 2:, :9, :7], fourier_features((9, 7), model.net.frequencies))
+
+
+def test_position_follows_the_image_size():
+    net = UNet(widths=(4, 8)).eval()
+    x = torch.randn(1, 1, 12, 10)
+    first = net(x)
+    net(torch.randn(1, 1, 20, 14))
+    assert torch.equal(net(x), first)                                                     # the kept code of another size is not used
+
+
+def test_the_rate_of_every_step_of_a_training():
+    "The schedule as the optimiser sees it, step by step, through `fit`."
+    rates = []
+    class Spy(Segmenter):
+        def on_train_batch_start(self, batch, index): rates.append(self.optimizers().param_groups[0]["lr"])
+    module = volumes(shape=(8, 8, 8))
+    fit(Spy(spatial_dims=3, widths=(4, 8), lr=0.01, warmup=4, decay=10, epochs=3), module)
+    assert len(rates) == 9 and np.allclose(rates, [0.01 * rate_factor(t, 4, 10, 0.05) for t in range(9)])
+    assert rates[0] == pytest.approx(1e-4) and rates[4] == pytest.approx(0.01) and rates[8] == pytest.approx(0.01 * 10**-0.4)
+
+
+class Balls:
+    "Noisy balls as volumes, some with a bright block."
+    def __init__(self, name, count, ill=0, shape=(8, 8, 8)):
+        self.shape, self.channels, self.spatial_dims, self.spacing = shape, 1, len(shape), (1.0,) * len(shape)
+        self.items = []
+        for i in range(count):
+            rng, mask = rng_of(name, i), np.zeros((1, *shape), bool)
+            if i < ill: mask[(0, *(slice(n // 3, n // 3 + 3) for n in shape))] = True
+            inside = np.ones_like(mask)
+            image = (rng.normal(0, 1, mask.shape) + 3 * mask).astype(np.float32)
+            self.items.append(dict(image=image, foreground=inside, valid=inside, mask=mask, mask_known=True, label=int(i < ill), id=f"{name}{i}", subject=f"{name}{i}", meta={}))
+        self.ids = self.subjects = [s["id"] for s in self.items]
+        self.labels, self.volumes, self.infos, self.records = np.array([s["label"] for s in self.items]), self, [{"mask_known": True}] * count, []
+
+    def __len__(self): return len(self.items)
+
+    def __getitem__(self, index): return self.items[index]
+
+
+def volumes(shape, task="smooth", workers=0):
+    return AnomalyDataModule(train=Balls("train", 12, shape=shape), val=Balls("val", 4, shape=shape), task=ManyTasks(tasks=task), batch_size=4, workers=workers)
+
+
+def test_workers_change_nothing_but_the_waiting():
+    weights = []
+    for workers in (0, 2):
+        seed_everything(0)
+        model = Segmenter(spatial_dims=3, widths=(4, 8), epochs=2)
+        fit(model, volumes((8, 10, 8), workers=workers), seed=1)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_validation_anomalies_are_the_same_in_every_epoch():
+    module = volumes((8, 8, 8))
+    loader = module.loader("val", task=True)
+    first, second = ([b["image"] for b in loader] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    train = module.loader("train", task=True)
+    assert not all(torch.equal(a["image"], b["image"]) for a, b in zip(list(train), list(train)))
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce", "focal"])
+def test_losses_learn_and_save(tmp_path, loss):
+    batch = with_task("smooth", batch_of((21, 18), 1))
+    seed_everything(0)
+    model = Segmenter(shape=(21, 18), loss=loss, widths=(4, 8))
+    optimizer = model.configure_optimizers()["optimizer"]
+    for step in range(40):
+        value = model.loss(batch)
+        if step == 0: first = float(value.detach())
+        optimizer.zero_grad(); value.backward(); optimizer.step()
+    assert float(value.detach()) < 0.8 * first
+    model.eval()
+    with torch.no_grad():
+        found, again = model.score(batch), load_model(save_model(model, tmp_path/"m.safetensors"), Segmenter).score(batch)
+    assert torch.equal(found["anomaly_map"], again["anomaly_map"]) and 0 <= found["anomaly_map"].min() and found["anomaly_map"].max() <= 1
+
+
+@pytest.mark.parametrize("make, missing, words", [
+    (lambda: Segmenter(shape=(21, 18), widths=(4, 8)), "target", "a synthetic task"),
+    (lambda: DRAEM(shape=(21, 18), restore=(4, 8), segment=(4, 8)), "clean", "without clean"),
+    (lambda: CutPasteClassifier(shape=(21, 18), widths=(4, 8)), "pretext", "the task 'cutpaste'")])
+def test_batches_without_a_task_are_refused(make, missing, words):
+    batch = {k: v for k, v in with_task("cutpaste", batch_of((21, 18), 1)).items() if k != missing}
+    with pytest.raises(ParameterError, match=words): make().loss(batch)
+
+
+@pytest.mark.parametrize("dims, shape", [(2, (21, 18)), (3, (10, 13, 9))])
+def test_an_ensemble_is_checked_like_any_model(dims, shape):
+    from anomaly_nb.models.checks import check_model
+    batch = with_task("smooth", batch_of(shape, 1))
+    check_model(lambda: Ensemble(spatial_dims=dims, shape=shape, members=[dict(widths=(4, 8), lr=1e-2), dict(widths=(4, 8, 8), lr=1e-2)]), batch)
+
+
+def test_an_ensemble_of_one_is_that_one():
+    batch = batch_of((21, 18), 2)
+    seed_everything(0)
+    one = Segmenter(2, 2, (21, 18), widths=(4, 8)).eval()
+    with torch.no_grad(): assert torch.equal(Ensemble.of([one]).score(batch)["anomaly_map"], one.score(batch)["anomaly_map"])
+
+
+ONE_STEP = """
+import json, resource, sys, time, torch
+from anomaly_nb.models.segmenter import Segmenter
+torch.set_num_threads(2)
+model = Segmenter(1, 3, (80, 112, 80), size="mri", flip=0.0)
+optimizer = model.configure_optimizers()["optimizer"]
+rng = torch.Generator().manual_seed(0)
+batch = dict(image=torch.randn(1, 1, 80, 112, 80, generator=rng), target=torch.rand(1, 1, 80, 112, 80, generator=rng), foreground=torch.ones(1, 1, 80, 112, 80, dtype=torch.bool))
+began = time.perf_counter()
+loss = model.loss(batch)
+loss.backward()
+optimizer.step()
+print(json.dumps(dict(loss=float(loss.detach()), seconds=time.perf_counter() - began, gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, weights=sum(p.numel() for p in model.parameters()))))
+"""
+
+
+def test_one_step_of_the_papers_size_needs_less_than_6_gib():
+    "80 x 112 x 80, batch 1, the paper's network: forward, backward and AdamW, in a process of its own."
+    done = subprocess.run([sys.executable, "-c", ONE_STEP], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert np.isfinite(found["loss"]) and found["gib"] < 6
+
+
+def test_three_dimensions_find_lesions():
+    "A laptop's 3D network at 40 x 56 x 40 on lesions it has never seen."
+    records = brain_records("tiny", "FLAIR")
+    pools = {pool: VolumeSet(items, transforms=(zscore, CropOrPad((40, 56, 40)))) for pool, items in records.items()}
+    seed_everything(0)
+    data = AnomalyDataModule(**pools, task=ManyTasks(tasks="intra+smooth"), batch_size=4)
+    model = Segmenter(spatial_dims=3, shape=data.shape, epochs=1000)
+    print(check_detects(model, data, pixel_ap, max_seconds=45))

@@ -1,9 +1,5 @@
 """U-Net, segmenter, ensemble, DRAEM and CutPaste's classifier: against second implementations, under bad input, in three dimensions, and within their budgets."""
-import json
-import resource
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +11,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_models import batch_of, with_task  # noqa: E402
 
 from anomaly_nb.core import ParameterError, rng_of, seed_everything  # noqa: E402
-from anomaly_nb.data.brain import brain_records  # noqa: E402
 from anomaly_nb.data.module import AnomalyDataModule  # noqa: E402
-from anomaly_nb.data.sets import VolumeSet  # noqa: E402
-from anomaly_nb.data.transforms import CropOrPad, zscore  # noqa: E402
-from anomaly_nb.metrics.localization import pixel_ap  # noqa: E402
-from anomaly_nb.models.checks import check_detects  # noqa: E402
 from anomaly_nb.models.cutpaste import CutPasteClassifier  # noqa: E402
 from anomaly_nb.models.draem import DRAEM  # noqa: E402
 from anomaly_nb.models.ensemble import Ensemble  # noqa: E402
 from anomaly_nb.models.fit import fit  # noqa: E402
 from anomaly_nb.models.model import load_model, save_model  # noqa: E402
-from anomaly_nb.models.segmenter import SIZES, Segmenter, rate_factor  # noqa: E402
+from anomaly_nb.models.segmenter import Segmenter, rate_factor  # noqa: E402
 from anomaly_nb.models.unet import UNet, fourier_features  # noqa: E402
 from anomaly_nb.tasks.many import ManyTasks  # noqa: E402
 
@@ -35,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class PlainUNet(nn.Module):
-    "The same network written down plainly: position concatenated to the image, nothing cached, modules made from the state of the other."
+    "The same network written down plainly, with the weights of the other: position concatenated to the image, normalisation and GELU by formula, nothing kept."
     def __init__(self, net):
         super().__init__()
         self.net = net
@@ -65,7 +56,7 @@ class PlainUNet(nn.Module):
         return conv(x, net.head.weight)
 
 
-@pytest.mark.parametrize("shape", [(24, 16), (16, 8, 24)])
+@pytest.mark.parametrize("shape", [(24, 16), (16, 16, 24)])
 def test_unet_is_the_plain_network(shape):
     torch.manual_seed(0)
     net = UNet(2, 3, len(shape), (4, 6, 8, 10))
@@ -159,11 +150,12 @@ def test_losses_learn_and_save(tmp_path, loss):
     batch = with_task("smooth", batch_of((21, 18), 1))
     seed_everything(0)
     model = Segmenter(shape=(21, 18), loss=loss, widths=(4, 8))
-    optimizer = model.configure_optimizers()["optimizer"]
-    for step in range(40):
+    made = model.configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    for step in range(60):
         value = model.loss(batch)
         if step == 0: first = float(value.detach())
-        optimizer.zero_grad(); value.backward(); optimizer.step()
+        optimizer.zero_grad(); value.backward(); optimizer.step(); schedule.step()
     assert float(value.detach()) < 0.8 * first
     model.eval()
     with torch.no_grad():
@@ -173,7 +165,7 @@ def test_losses_learn_and_save(tmp_path, loss):
 
 @pytest.mark.parametrize("make, missing, words", [
     (lambda: Segmenter(shape=(21, 18), widths=(4, 8)), "target", "a synthetic task"),
-    (lambda: DRAEM(shape=(21, 18), restore=(4, 8), segment=(4, 8)), "clean", "without clean"),
+    (lambda: DRAEM(shape=(21, 18), restore=(4, 8), mark=(4, 8)), "clean", "clean"),
     (lambda: CutPasteClassifier(shape=(21, 18), widths=(4, 8)), "pretext", "the task 'cutpaste'")])
 def test_batches_without_a_task_are_refused(make, missing, words):
     batch = {k: v for k, v in with_task("cutpaste", batch_of((21, 18), 1)).items() if k != missing}
@@ -192,38 +184,3 @@ def test_an_ensemble_of_one_is_that_one():
     seed_everything(0)
     one = Segmenter(2, 2, (21, 18), widths=(4, 8)).eval()
     with torch.no_grad(): assert torch.equal(Ensemble.of([one]).score(batch)["anomaly_map"], one.score(batch)["anomaly_map"])
-
-
-ONE_STEP = """
-import json, resource, sys, time, torch
-from anomaly_nb.models.segmenter import Segmenter
-torch.set_num_threads(2)
-model = Segmenter(1, 3, (80, 112, 80), size="mri", flip=0.0)
-optimizer = model.configure_optimizers()["optimizer"]
-rng = torch.Generator().manual_seed(0)
-batch = dict(image=torch.randn(1, 1, 80, 112, 80, generator=rng), target=torch.rand(1, 1, 80, 112, 80, generator=rng), foreground=torch.ones(1, 1, 80, 112, 80, dtype=torch.bool))
-began = time.perf_counter()
-loss = model.loss(batch)
-loss.backward()
-optimizer.step()
-print(json.dumps(dict(loss=float(loss.detach()), seconds=time.perf_counter() - began, gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, weights=sum(p.numel() for p in model.parameters()))))
-"""
-
-
-def test_one_step_of_the_papers_size_needs_less_than_6_gib():
-    "80 x 112 x 80, batch 1, the paper's network: forward, backward and AdamW, in a process of its own."
-    done = subprocess.run([sys.executable, "-c", ONE_STEP], capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(found)
-    assert np.isfinite(found["loss"]) and found["gib"] < 6
-
-
-def test_three_dimensions_find_lesions():
-    "A laptop's 3D network at 40 x 56 x 40 on lesions it has never seen."
-    records = brain_records("tiny", "FLAIR")
-    pools = {pool: VolumeSet(items, transforms=(zscore, CropOrPad((40, 56, 40)))) for pool, items in records.items()}
-    seed_everything(0)
-    data = AnomalyDataModule(**pools, task=ManyTasks(tasks="intra+smooth"), batch_size=4)
-    model = Segmenter(spatial_dims=3, shape=data.shape, epochs=1000)
-    print(check_detects(model, data, pixel_ap, max_seconds=45))

@@ -8,7 +8,6 @@ __all__ = ['SIZES', 'POOLS', 'PARTS', 'draw_film', 'expose', 'finish', 'Size', '
 
 # %% ../../nbs/data/184_chest.ipynb #c003
 import csv
-import inspect
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,8 +172,7 @@ def write_tables(folder):
 
 def cohort_folder(side, seed=0, contrast=1.0, size=1.0, root=None):
     "Folder of the cohort with these parameters: its name ends with the hash of parameters and code."
-    import sys
-    code = [code_of(m) for m in (thorax, findings)] + [inspect.getsource(f) for f in (draw_film, expose, finish, read_by, make_patient, write_tables)]
+    code = [code_of(c) for c in (thorax, findings, draw_film, expose, finish, read_by, make_patient, write_tables)]
     what = {"seed": seed, "side": side, "contrast": contrast, "size": size, "code": code, "similar": _SIMILAR, "letters": [_R, _L]}
     return Path(root or settings().cohorts).resolve()/"chest"/f"{side}px-{stable_hash(what, 10)}"
 

@@ -7,7 +7,6 @@ __all__ = ['SIZES', 'smooth_field', 'draw_torso', 'ellipsoid', 'tube', 'structur
            'mood_records', 'Torso', 'make_torso', 'torso_folder', 'torso_records']
 
 # %% ../../nbs/data/186_torso.ipynb #c003
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from scipy import ndimage
 
 from ..core import DataError, ParameterError, choose, rng_of, settings, stable_hash
 from .cache import content_hash
-from .jobs import build_jobs
+from .jobs import build_jobs, code_of
 from .records import Record, plain_affine, read_volume, write_volume
 
 # %% ../../nbs/data/186_torso.ipynb #c006
@@ -140,7 +139,7 @@ def make_torso(job):
 
 def torso_folder(side, seed=0, root=None):
     "Folder of the torsos; its name ends with the hash of parameters and code."
-    code = [inspect.getsource(f) for f in (smooth_field, draw_torso, ellipsoid, tube, structures, paint_torso, make_torso)]
+    code = [code_of(f) for f in (smooth_field, draw_torso, ellipsoid, tube, structures, paint_torso, make_torso)]
     return Path(root or settings().cohorts).resolve()/"torso"/f"{side}-{stable_hash({'seed': seed, 'side': side, 'code': code}, 10)}"
 
 # %% ../../nbs/data/186_torso.ipynb #c022

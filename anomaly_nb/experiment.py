@@ -106,10 +106,10 @@ def hold_out(records, share=0.2):
     held = set(who[-max(1, round(share * len(who))):])
     return records | {"train": [r for r in records["train"] if r.subject not in held]}, [r for r in records["train"] if r.subject in held]
 
-def make_judge(names, held, outside="torso", size="tiny", dims=2, grid="", samples=64, batch_size=16, seed=0, kind=None):
-    "A `Judge` that asks for the anomalies of the tasks `names` (joined by +) in the `held` records. Errors: `ParameterError`."
+def make_judge(names, held, outside="torso", size="tiny", dims=2, grid="", samples=64, batch_size=16, seed=0, kind=None, options=""):
+    "A `Judge` that asks for the anomalies of the tasks `names` (joined by +) in the `held` records; with `options` (text) of the task `many` for its members. Errors: `ParameterError`."
     from anomaly_nb.methods.synthetic_validation import Judge, synthetic_batches
-    tasks = {name: build_task(name, "", outside, size, dims) for name in names.split("+")}
+    tasks = build_task("many", f"tasks={names} {options}", outside, size, dims).members if options else {name: build_task(name, "", outside, size, dims) for name in names.split("+")}
     return Judge(synthetic_batches(make_set(held, dims, grid, 0.1), tasks, samples, batch_size, seed), kind)
 
 # %% ../nbs/710_experiment.ipynb #c019

@@ -184,3 +184,47 @@ def test_an_ensemble_of_one_is_that_one():
     seed_everything(0)
     one = Segmenter(2, 2, (21, 18), widths=(4, 8)).eval()
     with torch.no_grad(): assert torch.equal(Ensemble.of([one]).score(batch)["anomaly_map"], one.score(batch)["anomaly_map"])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_named_members_answer_alone_and_the_ensemble_is_their_mean(dims, loss):
+    seed_everything(0)
+    nets = [Segmenter(1, dims, widths=(4, 8), loss=loss).eval() for _ in range(3)]
+    batch = {"image": torch.randn(2, 1, *(24,) * dims), "foreground": torch.rand(2, 1, *(24,) * dims) > 0.2}
+    named = Ensemble.of(nets, "abc", "all")
+    with torch.no_grad():
+        for net, kind in zip(nets, "abc"): assert torch.equal(named.score(batch, kind)["anomaly_map"], net.score(batch)["anomaly_map"])
+        mean = np.mean([net.raw(batch).numpy().astype(float) for net in nets], 0)
+        truth = (mean.clip(0, 1) if loss == "mse" else 1 / (1 + np.exp(-mean))) * batch["foreground"].numpy()
+        assert np.allclose(named.score(batch, "all")["anomaly_map"].numpy(), truth, atol=1e-6) and torch.equal(Ensemble.of(nets).score(batch)["anomaly_map"], named.score(batch, "all")["anomaly_map"])
+
+
+def test_kept_outputs_are_never_those_of_another_batch_or_network():
+    seed_everything(0)
+    named, plain = (Ensemble.of([Segmenter(1, 2, widths=(4, 8)), Segmenter(1, 2, widths=(4, 8))], names) for names in ("ab", None))
+    plain.load_state_dict(named.state_dict())
+    batch = {"image": torch.randn(2, 1, 16, 16), "foreground": torch.ones(2, 1, 16, 16, dtype=torch.bool)}
+    def same():
+        "The answer, and whether it is that of a model that keeps nothing."
+        plain._seen = None
+        plain.load_state_dict(named.state_dict())
+        with torch.no_grad(): return torch.equal(named.score(batch, "segmentation")["anomaly_map"], plain.score(batch)["anomaly_map"])
+    assert same()
+    batch["image"][0] += 1                                                     # written into
+    assert same()
+    batch["foreground"][:, :, :4] = False
+    assert same()
+    optimizer = torch.optim.AdamW(named.parameters(), lr=0.1)
+    named.raw(batch).mean().backward()                                         # with gradients nothing is kept
+    optimizer.step()
+    assert same()
+    with torch.inference_mode(): assert named.score({k: v.clone() for k, v in batch.items()}, "a")["anomaly_map"].shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda one: Ensemble.of([]), "members: are none"), (lambda one: Ensemble.of([one, one], ["a"]), "names: are 1 for 2 members"), (lambda one: Ensemble.of([one, one], ["a", "a"]), "names: hold 'a' twice"),
+    (lambda one: Ensemble.of([one], ["segmentation"]), "names: hold 'segmentation' twice"), (lambda one: Ensemble.of([one, nn.Conv2d(1, 1, 1)]), "member 1: is of the class Conv2d"),
+    (lambda one: Ensemble.of([one, Segmenter(1, 3, widths=(4, 8))]), "member 1: was made for the spatial_dims 3, member 0 for 2"), (lambda one: Ensemble.of([one, Segmenter(widths=(4, 8), loss="bce")]), "losses bce, mse")])
+def test_an_ensemble_says_what_does_not_fit(make, said):
+    with pytest.raises(ParameterError, match=said): make(Segmenter(widths=(4, 8)))

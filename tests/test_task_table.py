@@ -1,4 +1,4 @@
-"""The paper's metrics against scikit-learn on plain loops; rows, seeds and differences over folds; committees of trained networks; the experiment from end to end."""
+"""The paper's metrics against scikit-learn on plain loops; rows, seeds and differences over folds; networks read from run folders; the experiment from end to end."""
 import json
 import math
 
@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomaly_nb import runner
 from anomaly_nb.core import DataError, InputError, ParameterError, write_json
-from anomaly_nb.methods.committee import Committee, read_members
+from anomaly_nb.methods.fold_networks import join_predictions, read_members
 from anomaly_nb.methods.fold_table import (differences_of, expected_folds, join_seeds, mean_row, measured_row, parts_of, people_weights, random_row, read_table, save_draws,
                                            table_of)
 from anomaly_nb.methods.task_table import METRICS, batch_ap, batches_of, condense, cradl_region, draws_of, metrics_of, paper_metrics, pooled
@@ -216,7 +216,7 @@ def test_a_seed_that_lacks_a_split_and_people_that_differ(tmp_path):
     assert expected_folds("2/3") == 10
 
 
-# --- committees ------------------------------------------------------------------------------------------------------------------------------------------------------------
+# --- networks of runs ------------------------------------------------------------------------------------------------------------------------------------------------------
 
 def member(folder, fold=0, split="1/4", seed=0, channels=1, dims=2, **options):
     torch.manual_seed(fold)
@@ -224,18 +224,6 @@ def member(folder, fold=0, split="1/4", seed=0, channels=1, dims=2, **options):
     net = Segmenter(channels, dims, widths=(8, 16), **options)
     save_model(net, folder/"model.safetensors")
     return net.eval()
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("loss", ["mse", "bce"])
-def test_a_committee_is_its_members_and_the_ensemble_of_the_catalog(tmp_path, dims, loss):
-    from anomaly_nb.models.ensemble import Ensemble
-    nets = [member(tmp_path/str(k), k, dims=dims, loss=loss) for k in range(3)]
-    batch = {"image": torch.randn(2, 1, *(24,) * dims), "foreground": torch.rand(2, 1, *(24,) * dims) > 0.2}
-    joint = Committee.of(nets, ["a", "b", "c"], "all")
-    with torch.no_grad():
-        for net, kind in zip(nets, "abc"): assert torch.equal(joint.score(batch, kind)["anomaly_map"], net.score(batch)["anomaly_map"])
-        assert torch.allclose(joint.score(batch, "all")["anomaly_map"], Ensemble.of(nets).score(batch)["anomaly_map"], atol=1e-6)
 
 
 @pytest.mark.parametrize("broken, said", [
@@ -246,6 +234,16 @@ def test_a_folder_that_is_no_member_is_named(tmp_path, broken, said):
     broken(tmp_path/"one")
     with pytest.raises(InputError, match=said) as caught: read_members("one", tmp_path, 0)
     assert str(tmp_path/"one") in str(caught.value)
+
+
+def test_joined_predictions_lack_nothing_that_was_asked_for(tmp_path):
+    for name in ("one", "two"):
+        for part in ("rows", "pieces"): write_json(tmp_path/name/f"{part}.json", [{"id": "p", "kind": k, "map": k and f"maps/p.{k}.npy"} for k in (name, "single")])
+    found = join_predictions([tmp_path/"one", tmp_path/"two"], ["one", "two"], tmp_path/"both")
+    assert [(r["kind"], r["map"]) for r in found] == [(k, str(tmp_path/k/"maps"/f"p.{k}.npy")) for k in ("one", "two")] and json.loads((tmp_path/"both"/"rows.json").read_text()) == found
+    with pytest.raises(InputError, match="hold 'three', which none"): join_predictions([tmp_path/"one", tmp_path/"two"], ["one", "three"], tmp_path/"both")
+    (tmp_path/"two"/"rows.json").write_text("[")
+    with pytest.raises(InputError, match="lack a readable rows.json"): join_predictions([tmp_path/"one", tmp_path/"two"], ["one"], tmp_path/"both")
 
 
 # --- the experiment --------------------------------------------------------------------------------------------------------------------------------------------------------

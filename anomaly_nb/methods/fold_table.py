@@ -126,7 +126,7 @@ def pairs_of(splits):
     return found + [((a, row), (b, row)) for row in ("ensemble", "mean") for n, a in enumerate(splits) for b in splits[n + 1:]]
 
 def differences_of(table, draws, part="all"):
-    "`{(a, b, metric): Difference}` of `pairs_of` the splits in a table, a and b being (split, row); {} without draws. Under 20 people of the rarer kind nothing is decided."
+    "`{(a, b, metric): Difference}` of `pairs_of` the splits in a table, a and b being (split, row); {} without draws. Under 20 anomalous people (for samples: people of the rarer kind) nothing is decided."
     lines = table[(table["part"] == part) & (table["row"] != "fold")]
     values, found = {(r["split"], r["row"]): r for _, r in lines.iterrows()}, {}
     for a, b in pairs_of([s for s in dict.fromkeys(lines["split"]) if s]):
@@ -136,7 +136,7 @@ def differences_of(table, draws, part="all"):
             if pd.notna(values[a][m]) and pd.notna(values[b][m]): found[a, b, m] = paired_difference(values[a][m], values[b][m], draws[part, *a][k], draws[part, *b][k], min(ill, people - ill) if m.startswith("sample") else ill)
     return found
 
-# %% ../../nbs/methods/642_fold_table.ipynb #c025
+# %% ../../nbs/methods/642_fold_table.ipynb #c026
 def join_seeds(found):
     "`(table, draws)` of several `(table, draws)`, one a training seed, measured on the same people: values are means over seeds, `_sd` over seeds (of means: over all networks). One is returned as it is. Errors: `DataError`."
     if len(found) == 1: return found[0]

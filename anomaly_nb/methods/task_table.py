@@ -61,7 +61,7 @@ def cradl_region(volume, spacing=None):
     small = small[:, :-1, :-1]
     return small >= 0.5 - 1e-6 if part.dtype == bool else small
 
-# %% ../../nbs/methods/640_task_table.ipynb #c016
+# %% ../../nbs/methods/640_task_table.ipynb #c017
 def _alarms(case, thresholds):
     "How many negatives of one case (`values` ascending and distinct, `above` [k+1]: how many from here up) score >= each ascending threshold, and how many equal it."
     values, above = case
@@ -77,7 +77,7 @@ def _condense(mask, anomaly_map, counts, where):
     values, number = np.unique(score[~mask], return_counts=True)
     return np.sort(score[mask]), (values, np.r_[np.cumsum(number[::-1])[::-1], 0].astype(np.int64))
 
-# %% ../../nbs/methods/640_task_table.ipynb #c017
+# %% ../../nbs/methods/640_task_table.ipynb #c018
 @dataclass
 class Condensed:
     "Maps of n cases, ready for any part of the test set: sorted positives and counted negatives of each case (None where the mask is not known), its slices, its label and mean score."
@@ -116,7 +116,7 @@ def _inside(mask, anomaly_map, counts):
     size = counts.sum((1, 2))
     return slice_labels(mask & counts)[size > 0], np.where(counts, anomaly_map, 0).sum((1, 2), dtype=np.float64)[size > 0] / size[size > 0]
 
-# %% ../../nbs/methods/640_task_table.ipynb #c018
+# %% ../../nbs/methods/640_task_table.ipynb #c019
 def pooled(condensed, cases):
     "`(AP, AUROC)` over the voxels of some cases (numbers), exact, ties included; NaN where a class is missing."
     cases = condensed.known(cases)
@@ -130,7 +130,7 @@ def pooled(condensed, cases):
         FP += at_least; ties += equal
     return float((count * TP / (TP + FP)).sum() / P), 1 - float((count * (2 * FP - ties)).sum()) / (2 * P * N) if N else math.nan
 
-# %% ../../nbs/methods/640_task_table.ipynb #c021
+# %% ../../nbs/methods/640_task_table.ipynb #c022
 def batches_of(n, repeats=10, seed=0, size=20):
     "Numbers 0 to n-1 in batches of at most `size`, shuffled anew in each of `repeats`: a list of lists of arrays."
     orders = (np.random.default_rng([seed, r]).permutation(n) for r in range(repeats))
@@ -144,7 +144,7 @@ def batch_ap(condensed, cases, repeats=10, seed=0, size=20):
     found = [np.array(row)[~np.isnan(row)] for row in found]
     return float(np.mean([row.mean() for row in found if len(row)])) if any(map(len, found)) else math.nan
 
-# %% ../../nbs/methods/640_task_table.ipynb #c024
+# %% ../../nbs/methods/640_task_table.ipynb #c025
 METRICS = {"slice_ap": "slice AP", "slice_auroc": "slice AUROC", "pixel_ap": "pixel AP, pooled", "pixel_ap_batches": "pixel AP, batches of 20", "pixel_auroc": "pixel AUROC",
            "sample_ap": "sample AP", "sample_auroc": "sample AUROC"}
 
@@ -154,6 +154,7 @@ def _slices(condensed, cases):
     join = lambda parts, dtype: np.concatenate([np.empty(0, dtype), *parts])
     return join([l for _, l, _ in known], bool), join([s for _, _, s in known], float), join([np.full(len(l), n) for n, l, _ in known], int).astype(int)
 
+# %% ../../nbs/methods/640_task_table.ipynb #c026
 def metrics_of(condensed, cases=None, seed=0):
     "`{name: value}` of `METRICS` over some cases (default: all); NaN where a class is missing. `seed`: of the ten shuffles."
     cases = list(range(len(condensed)) if cases is None else cases)
@@ -162,11 +163,12 @@ def metrics_of(condensed, cases=None, seed=0):
     about = lambda l, s: (average_precision(l, s), auroc(l, s)) if len(l) else (math.nan, math.nan)
     return dict(zip(METRICS, (*about(label, score), ap, batch_ap(condensed, cases, seed=seed), area, *about(condensed.label[cases], condensed.score[cases]))))
 
+# %% ../../nbs/methods/640_task_table.ipynb #c027
 def paper_metrics(masks, maps, foregrounds=None, region="", labels=None, spacing=None, seed=0):
     "`{name: value}` of `METRICS` as in Baugh et al. (2023), from masks (bool, None: not known) and maps [D,H,W]; see `condense`. A picture is a volume with D = 1."
     return metrics_of(condense(masks, maps, foregrounds, region, labels, spacing), seed=seed)
 
-# %% ../../nbs/methods/640_task_table.ipynb #c029
+# %% ../../nbs/methods/640_task_table.ipynb #c034
 def levels_of(condensed, cases, bins=1024):
     "`Binned` counts of the voxels of the known ones of `cases` in about `bins` levels; None without positives. Its subjects are the case numbers as text."
     cases = condensed.known(cases)
@@ -181,7 +183,7 @@ def levels_of(condensed, cases, bins=1024):
     return Binned(tuple(map(str, cases)), reach([len(condensed.pos[i]) - np.searchsorted(condensed.pos[i], edges, "left") for i in cases], [len(condensed.pos[i]) for i in cases]),
                   reach([_alarms(condensed.neg[i], edges)[0] for i in cases], [condensed.neg[i][1][0] for i in cases]))
 
-# %% ../../nbs/methods/640_task_table.ipynb #c030
+# %% ../../nbs/methods/640_task_table.ipynb #c035
 def batch_draws(binned, weights, seed=0, repeats=2, size=20):
     "Mean AP over batches of `size` drawn cases, `repeats` shuffles a draw: [n_boot] from weights [n_boot, cases]; the last batch may be smaller."
     rng, (B, n), found = np.random.default_rng([seed, 20]), weights.shape, np.full((repeats, weights.shape[0]), np.nan)

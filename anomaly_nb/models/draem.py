@@ -17,7 +17,8 @@ from .unet import UNet
 
 # %% ../../nbs/models/370_draem.ipynb #c006
 def gaussian_mean(x, sigma=1.5, side=11):
-    "Mean of [B,C,*spatial] around each voxel, Gaussian weights in a window of `side` voxels an axis; at the border over the part of the window that lies inside."
+    "Mean of [B,C,*spatial] around each voxel, Gaussian weights in a window of `side` voxels (odd) an axis; at the border over the part of the window that lies inside. Errors: `ParameterError`."
+    if side < 1 or side % 2 == 0: raise ParameterError("gaussian_mean: side", f"is {side}", "an odd number of voxels")
     for axis in range(2, x.ndim):
         i = torch.arange(x.shape[axis], device=x.device, dtype=x.dtype)
         away = (i[:, None] - i).abs()
@@ -27,7 +28,8 @@ def gaussian_mean(x, sigma=1.5, side=11):
 
 # %% ../../nbs/models/370_draem.ipynb #c009
 def ssim(x, y, span=1.0, sigma=1.5, side=11):
-    "Structural similarity at each voxel of two images [B,C,*spatial] whose intensities, from 0, span `span`: [B,C,*spatial]. Source: Wang et al., IEEE TIP 13(4):600-612, 2004."
+    "Structural similarity at each voxel of two images [B,C,*spatial] whose intensities, from 0, span `span`: [B,C,*spatial]. Errors: `ParameterError`. Source: Wang et al., IEEE TIP 13(4):600-612, 2004."
+    if x.shape != y.shape: raise ParameterError("ssim", f"got images of {tuple(x.shape)} and {tuple(y.shape)}", "two of the same shape")
     def mean(v): return gaussian_mean(v, sigma, side)
     C_1, C_2, mu_x, mu_y = (0.01 * span)**2, (0.03 * span)**2, mean(x), mean(y)
     var_x, var_y, cov = mean(x * x) - mu_x**2, mean(y * y) - mu_y**2, mean(x * y) - mu_x * mu_y
@@ -46,7 +48,8 @@ def pool_side(shape, side=21, full=256):
     return max(3, 2 * round((side * min(shape) / full - 1) / 2) + 1)
 
 def pooled_max(anomaly_map, side):
-    "Largest mean over a window of `side` voxels an axis (odd; zeros beyond the border) of [B,1,*spatial]: [B]."
+    "Largest mean over a window of `side` voxels an axis (odd; zeros beyond the border) of [B,1,*spatial]: [B]. Errors: `ParameterError`."
+    if side < 1 or side % 2 == 0: raise ParameterError("pooled_max: side", f"is {side}", "an odd number of voxels")
     dims = anomaly_map.ndim - 2
     pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
     for axis in range(dims):                                                       # one axis after the other: 3 side additions, not side^3

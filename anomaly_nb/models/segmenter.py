@@ -53,6 +53,8 @@ class Segmenter(AnomalyModel):
         choose(loss, ("mse", "bce", "focal"), "Segmenter: loss")
         own = SIZES[choose(size, list(SIZES), "Segmenter: size")]
         self.hparams.update({k: own[k] for k in ("lr", "warmup", "decay", "flip", "patience") if self.hparams[k] is None})
+        for name, fine, expected in (("decay", self.hparams.decay > 0, "a positive number of steps"), ("flip", 0 <= self.hparams.flip <= 1, "a probability, 0 to 1")):
+            if not fine: raise ParameterError(f"Segmenter: {name}", f"is {self.hparams[name]}", expected)
         self.net = UNet(channels, 1, spatial_dims, widths or own["widths"][spatial_dims], coords)
         with torch.no_grad(): self.net.head.weight.mul_(own["quiet"])
 

@@ -81,10 +81,12 @@ class UNet(nn.Module):
 # %% ../../nbs/models/360_unet.ipynb #c020
 @patch
 def position(self: UNet, shape):
-    "The position code [1,P,*shape] on the network's device, padded as the input will be; computed once for a shape and kept."
-    if self.code is None or self._coded != tuple(shape) or self.code.device != self.frequencies.device:
-        code = torch.cat([coordinates(shape), fourier_features(shape, self.frequencies)])[None].to(self.frequencies.device)
-        self.code, self._coded = self._padded(code).contiguous(memory_format=torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d), tuple(shape)
+    "The position code [1,P,*shape] on the network's device, padded as the input will be; kept, and made again for another shape, another device or other frequencies."
+    made_of = (tuple(shape), self.frequencies.device, id(self.frequencies), 0 if self.frequencies.is_inference() else self.frequencies._version)
+    if self.code is None or self._made_of != made_of:
+        with torch.inference_mode(False):                                                    # a code that was made while predicting serves training too
+            code = torch.cat([coordinates(shape), fourier_features(shape, self.frequencies)])[None].to(self.frequencies.device)
+            self.code, self._made_of = self._padded(code).contiguous(memory_format=torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d), made_of
     return self.code
 
 @patch
@@ -96,8 +98,9 @@ def _padded(self: UNet, x):
 # %% ../../nbs/models/360_unet.ipynb #c021
 @patch
 def forward(self: UNet, x):
-    "[B,C,*spatial] to [B,out,*spatial]."
-    shape = tuple(x.shape[2:])
+    "[B,C,*spatial] to [B,out,*spatial]. Errors: `ParameterError` for other channels or dimensions than the network's."
+    channels, shape = self.entrance.channels, tuple(x.shape[2:])
+    if len(shape) != self.spatial_dims or x.shape[1] != channels: raise ParameterError("UNet", f"got an input {list(x.shape)}", f"[batch, {channels}, {self.spatial_dims} axes]")
     padded = self._padded(x).contiguous(memory_format=torch.channels_last if self.spatial_dims == 2 else torch.channels_last_3d)
     x = self.first(self.entrance(padded, self.position(shape) if self.coords else None))
     bridges = []

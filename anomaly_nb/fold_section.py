@@ -15,9 +15,7 @@ from .metrics.uncertainty import FEW
 from .page import between, listed, paragraph, picture, table, text
 from .ranking import verdict
 
-# %% ../nbs/720_fold_section.ipynb #c004
-_PAIRS = (("slice", "slice_ap", "slice_auroc"), ("pixel, batches of 20", "pixel_ap_batches", "pixel_auroc"), ("sample", "sample_ap", "sample_auroc"))
-
+# %% ../nbs/720_fold_section.ipynb #c010
 def fold_tables(group):
     "`[(results, table, draws)]` of the runs of a `Group` with a table over folds: the same method, one a training seed, joined. Errors: `DataError`."
     found = {}
@@ -25,61 +23,86 @@ def fold_tables(group):
         if (r.folder/"scores"/"paper_table.csv").is_file(): found.setdefault(r.recipe, []).append(r)
     return [(each, *join_seeds([read_table(r.folder) for r in sorted(each, key=lambda r: str(r.seed))])) for each in found.values()]
 
+# %% ../nbs/720_fold_section.ipynb #c014
 def _percent(r, metric, small=True):
     "A cell: per cent, its standard deviation, and below it the interval."
     if pd.isna(r[metric]): return "–"
     spread, low, high = (r.get(f"{metric}_{end}") for end in ("sd", "low", "high"))
-    return f"{100 * r[metric]:.1f}" + (f" ± {100 * spread:.1f}" if pd.notna(spread) else "") + (f"<br><small>{100 * low:.1f} to {100 * high:.1f}</small>" if small and pd.notna(low) else "")
+    return f"{100 * r[metric]:.1f}" + (f" ± {100 * spread:.1f}" if pd.notna(spread) else "") + (f"<br><small>{between(100 * low, 100 * high, 1)}</small>" if small and pd.notna(low) else "")
 
+# %% ../nbs/720_fold_section.ipynb #c015
 def _which(r):
-    "What a line of the table is, in words."
-    lacks = f", {int(r['folds'])} of {expected_folds(r['split'])} folds" if r["split"] and r["row"] in ("mean", "ensemble") and r["folds"] < expected_folds(r["split"]) else ""
+    "What a line of the table is, in words; with the folds that it lacks."
+    expected = expected_folds(r["split"]) if r["row"] in ("mean", "ensemble") else 0
+    lacks = f", {int(r['folds'])} of {expected} folds" if r["folds"] < expected else ""
     return {"fold": f"fold {r['fold']}", "mean": "mean network", "random": "chance"}.get(r["row"], str(r["row"])) + lacks
 
-# %% ../nbs/720_fold_section.ipynb #c005
+# %% ../nbs/720_fold_section.ipynb #c018
 def _paper_html(frame):
     "Every line of the part \"all\": single networks, mean, ensemble, chance."
     lines = frame[frame["part"] == "all"]
     header = ["split", "network", "learned", ("", "slice<br>AP"), ("", "slice<br>AUROC"), ("", "pixel AP<br>pooled"), ("", "pixel AP<br>batches of 20"), ("", "pixel<br>AUROC"), ("", "sample<br>AP"), ("", "sample<br>AUROC")]
     kinds = {"fold": "faint", "mean": "sum", "ensemble": "sum end", "random": "chance"}
-    return "<h4>Every network</h4>" + table(header, [[text(r["split"]), text(_which(r)), text(r["tasks"]), *(_percent(r, m, r["row"] in ("mean", "ensemble")) for m in METRICS)] for _, r in lines.iterrows()], [kinds.get(r, "") for r in lines["row"]], words=3, kind="folds")
+    rows = [[text(r["split"]), text(_which(r)), text(r["tasks"]), *(_percent(r, m, r["row"] in ("mean", "ensemble")) for m in METRICS)] for _, r in lines.iterrows()]
+    return "<h4>Every network</h4>" + table(header, rows, [kinds.get(r, "") for r in lines["row"]], words=3, kind="folds")
 
-def _parts_html(frame):
-    "AP / AUROC of mean, ensemble and chance for sites and families, a column each; '' without parts."
-    parts = list(dict.fromkeys(frame["part"]))
-    if len(parts) < 2: return ""
-    lines = frame[frame["row"] != "fold"]
-    def cell(r, ap, area): return "–" if r is None or pd.isna(r[ap]) else f"{100 * r[ap]:.1f} / " + ("–" if pd.isna(r[area]) else f"{100 * r[area]:.1f}") + (f"<br><small>± {100 * r[f'{ap}_sd']:.1f}</small>" if pd.notna(r[f"{ap}_sd"]) else f"<br><small>{100 * r[f'{ap}_low']:.1f} to {100 * r[f'{ap}_high']:.1f}</small>" if pd.notna(r[f"{ap}_low"]) and r["row"] != "random" else "")
-    at = {(r["split"], r["row"], r["part"]): r for _, r in lines.iterrows()}
-    keys, shown = list(dict.fromkeys((s, row) for s, row, _ in at)), []
-    ill = {p: min(int(r["anomalous"]) for _, r in lines[lines["part"] == p].iterrows()) for p in parts}
-    for what, ap, area in _PAIRS:
-        body = [[text(s), text(_which(at[s, row, parts[0]])), *(cell(at.get((s, row, p)), ap, area) for p in parts)] for s, row in keys]
-        people = [["", "ill of all", *(text(f"{at[*keys[0], p]['anomalous']} of {at[*keys[0], p]['people']}") if (*keys[0], p) in at else "–" for p in parts)]]
-        shown.append(f"<h4>{text(what.capitalize())}: AP / AUROC <small>below: spread or interval of the AP, as above</small></h4>" + table(["split", "network", *(("few" if ill[p] < FEW else "", text(p.replace("_", " "))) for p in parts)], body + people, [{"mean": "", "ensemble": "sum end", "random": "chance"}.get(row, "") for _, row in keys] + ["chance"], words=2, kind="folds"))
-    few = [p for p in parts if ill[p] < FEW]
-    return "".join(shown) + (paragraph(f"Fewer than {FEW} ill ones in {', '.join(p.replace('_', ' ') for p in few)}: nothing is decided there.", kind="caution") if few else "")
-
-# %% ../nbs/720_fold_section.ipynb #c006
+# %% ../nbs/720_fold_section.ipynb #c023
 def _fold_differences(frame, draws, metrics=("slice_ap", "pixel_ap", "pixel_ap_batches", "sample_ap")):
     "Differences of rows in points of per cent, coloured where decided; '' without draws."
     found = differences_of(frame, draws)
     if not found: return ""
     def cell(d): return "–" if d is None else (verdict(d).split()[0], f"{100 * d.estimate:+.1f}<br><small>{between(100 * d.low, 100 * d.high, 1, '+')}</small>")
     pairs = list(dict.fromkeys((a, b) for a, b, _ in found))
-    return "<h4>Differences, in points</h4>" + table(["rows compared", *(METRICS[m] for m in metrics)], [[f"{text(' '.join(a))}<br><small>minus {text(' '.join(b))}</small>", *(cell(found.get((a, b, m))) for m in metrics)] for a, b in pairs])
+    rows = [[f"{text(' '.join(a))}<br><small>minus {text(' '.join(b))}</small>", *(cell(found.get((a, b, m))) for m in metrics)] for a, b in pairs]
+    return "<h4>Differences, in points</h4>" + table(["rows compared", *(METRICS[m] for m in metrics)], rows)
 
-def fold_html(group, results, frame, draws):
-    "The section of one table over folds, as a list of HTML parts."
+# %% ../nbs/720_fold_section.ipynb #c027
+def _pair(r, ap, area):
+    "A cell: AP / AUROC in per cent, below it the spread or else the interval of the AP; of chance the two numbers alone."
+    if r is None or pd.isna(r[ap]): return "–"
+    both, (spread, low, high) = f"{100 * r[ap]:.1f} / " + ("–" if pd.isna(r[area]) else f"{100 * r[area]:.1f}"), (r[f"{ap}_{end}"] for end in ("sd", "low", "high"))
+    if pd.notna(spread): return both + f"<br><small>± {100 * spread:.1f}</small>"
+    return both + (f"<br><small>{between(100 * low, 100 * high, 1)}</small>" if pd.notna(low) and r["row"] != "random" else "")
+
+# %% ../nbs/720_fold_section.ipynb #c028
+_PAIRS = (("slice", "slice_ap", "slice_auroc"), ("pixel, batches of 20", "pixel_ap_batches", "pixel_auroc"), ("sample", "sample_ap", "sample_auroc"))
+
+def _parts_html(frame):
+    "AP / AUROC of mean, ensemble and chance for sites and families, a column each; '' without parts."
+    parts = list(dict.fromkeys(frame["part"]))
+    if len(parts) < 2: return ""
+    lines = frame[frame["row"] != "fold"]
+    at = {(r["split"], r["row"], r["part"]): r for _, r in lines.iterrows()}
+    keys, shown, named = list(dict.fromkeys((s, row) for s, row, _ in at)), [], lambda part: part.replace("_", " ")
+    few = [p for p in parts if lines.loc[lines["part"] == p, "anomalous"].min() < FEW]
+    people = ["", "ill of all", *(text(f"{at[*keys[0], p]['anomalous']} of {at[*keys[0], p]['people']}") if (*keys[0], p) in at else "–" for p in parts)]
+    header = ["split", "network", *(("few" if p in few else "", text(named(p))) for p in parts)]
+    kinds = [{"ensemble": "sum end", "random": "chance"}.get(row, "") for _, row in keys] + ["chance"]
+    for what, ap, area in _PAIRS:
+        body = [[text(s), text(_which(at[s, row, parts[0]])), *(_pair(at.get((s, row, p)), ap, area) for p in parts)] for s, row in keys]
+        shown.append(f"<h4>{text(what.capitalize())}: AP / AUROC <small>below: spread or interval of the AP, as above</small></h4>" + table(header, [*body, people], kinds, words=2, kind="folds"))
+    return "".join(shown) + (paragraph(f"Fewer than {FEW} ill ones in {', '.join(map(named, few))}: nothing is decided there.", kind="caution") if few else "")
+
+# %% ../nbs/720_fold_section.ipynb #c031
+def _fold_notes(group, results):
+    "Sentences about what is counted, what ± and intervals are over, and on what was trained."
     seeds, region = sorted({str(r.seed) for r in results}), str(results[0].metrics.get("region") or "")
     trained = {k: v for k, v in (results[0].metrics.get("trained_on") or {}).items() if v}
-    other = ", ".join(str(v) for k, v in trained.items() if str(v) != str(results[0].metrics.get(k, "")))
-    notes = [f"As in Baugh et al. (2023), in per cent. A split 1/4 learned one task and was validated with four. Counted: {REGIONS.get(region, region)}. A slice is ill when more than 5 of 128 x 128 pixels are; slices and samples are scored by the mean of the map.",
-             f"Below a number: 95 % interval over resampled {group.unit}{' and training seeds' if len(seeds) > 1 else ''}. ± of the mean network: standard deviation over {'all networks' if len(seeds) > 1 else 'folds'}" + (f"; ± of an ensemble: over the {len(seeds)} training seeds." if len(seeds) > 1 else "; one training seed.")]
-    if other: notes.append(f"The networks were trained on other data: {other}.")
-    short = [f"{r['row']} of {r['split']}: {int(r['folds'])} of {expected_folds(r['split'])}" for _, r in frame[(frame["part"] == "all") & (frame["row"] == "ensemble")].iterrows() if r["folds"] < expected_folds(r["split"])]
+    other, several = ", ".join(str(v) for k, v in trained.items() if str(v) != str(results[0].metrics.get(k, ""))), len(seeds) > 1
+    notes = [f"As in Baugh et al. (2023), in per cent; their pixel AP is that in batches of 20. A split 1/4 learned one task and was validated with four. Counted: {REGIONS.get(region, region)}. A slice is ill when more than 5 of 128 x 128 pixels are; slices and samples are scored by the mean of the map.",
+             f"Below a mean network or an ensemble: 95 % interval over resampled {group.unit}{' and training seeds' if several else ''}. ± of the mean network: standard deviation over {'all networks of all training seeds' if several else 'folds; one training seed'}"
+             + (f"; ± of a fold or an ensemble: over the {len(seeds)} training seeds, and its number is their mean." if several else ".")]
+    return notes + ([f"The networks were trained on other data: {other}."] if other else [])
+
+# %% ../nbs/720_fold_section.ipynb #c032
+def fold_html(group, results, frame, draws):
+    "The section of one table over folds, as a list of HTML parts."
+    everyone, several = frame[frame["part"] == "all"], len({str(r.seed) for r in results}) > 1
+    short = [f"{r['row']} of {r['split']}: {int(r['folds'])} of {expected_folds(r['split'])}" for _, r in everyone[everyone["row"] == "ensemble"].iterrows() if r["folds"] < expected_folds(r["split"])]
     caution = paragraph(f"Folds are missing ({'; '.join(short)}): numbers of these splits are not those of the whole cross-validation.", kind="caution") if short else ""
-    figure = picture(fold_figure(frame, "pixel_ap"), f"{group.about}: pooled pixel AP of each network (dots), of the mean network (bars) and of the ensembles (diamonds, 95 % interval over {group.unit}).", shown=640)
-    few = paragraph(f"Undecided where the interval holds 0 or fewer than {FEW} {group.unit} stand behind it. Ensemble and mean of a split are the same networks; two splits are trained apart. Many pairs: one in twenty is decided by luck.")
+    drawn = next((m for m in ("pixel_ap", "sample_ap") if everyone[m].notna().any()), "")        # masks may be unknown
+    figure = picture(fold_figure(frame, drawn), f"{group.about}: {METRICS[drawn]}, of each fold (dots{'; means over training seeds' if several else ''}), of the mean network (bars) and of the ensembles (diamonds, 95 % interval over {group.unit}{' and training seeds' if several else ''}).", shown=640) if drawn else ""
+    few = paragraph(f"Undecided where the interval holds 0, or fewer than {FEW} ill {group.unit} (for samples: of the rarer kind) stand behind it. Ensemble and mean of a split are the same networks; two splits are trained apart"
+                    + ("" if several else ", and with one training seed no interval knows the luck of training") + ". Many pairs: one in twenty is decided by luck.")
     differences = _fold_differences(frame, draws)
-    return [listed(notes), caution, figure, _paper_html(frame), differences + (few if differences else ""), _parts_html(frame)]
+    return [listed(_fold_notes(group, results)), caution, figure, _paper_html(frame), differences + (few if differences else ""), _parts_html(frame)]

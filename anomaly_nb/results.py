@@ -133,10 +133,17 @@ class Group:
     def some(self, n, what=""): return f"{n} {what}{' ' if what else ''}{_ONE[self.unit] if n == 1 else self.unit}"      # "1 test subject", "12 test subjects"
 
 # %% ../nbs/716_results.ipynb #c013
-def _label(result, kind):
-    "The name of a method for people: what its run calls it, and the options of its model."
+def _options(results):
+    "`{model: the different model_options among results}`."
+    found = {}
+    for r in results: found.setdefault(str(r.metrics.get("model", "?")), set()).add(str(r.metrics.get("model_options") or ""))
+    return found
+
+def _label(result, kind, options):
+    "The name of a method for people: what its run calls it, and the options of its model where these tell its runs apart (`options`: those of each model)."
     m = result.metrics
-    return " ".join(filter(None, [str(m["kinds"][kind].get("method") or m.get("model", "?")), str(m.get("model_options") or "")]))
+    own = str(m.get("model_options") or "") if len(options[str(m.get("model", "?"))]) > 1 else ""
+    return " ".join(filter(None, [str(m["kinds"][kind].get("method") or m.get("model", "?")), own]))
 
 def _newest(results):
     "One result for each recipe and seed, the newest; and a sentence for every one that is left out."
@@ -159,9 +166,9 @@ def _tell_apart(methods):
 # %% ../nbs/716_results.ipynb #c014
 def _methods(results):
     "The methods of comparable results, seeds joined."
-    found = {}
+    found, options = {}, _options(results)
     for r in sorted(results, key=lambda r: (str(r.metrics.get("model")), str(r.seed))):
-        for kind in r.metrics["kinds"]: found.setdefault((r.recipe, kind), Method(_label(r, kind), kind, {})).runs[r.seed] = r
+        for kind in r.metrics["kinds"]: found.setdefault((r.recipe, kind), Method(_label(r, kind, options), kind, {})).runs[r.seed] = r
     methods = list(found.values())
     _tell_apart(methods)
     return methods
@@ -174,6 +181,10 @@ def _notes(group):
         missing = [s for s in group.seeds if s not in m.runs]
         if missing and not (m.baseline and len(m.runs) == 1): lacks.setdefault(", ".join(map(str, missing)), []).append(m.name)
     for seeds, names in lacks.items(): notes.append(f"Without training seed {seeds}: {', '.join(names)}. Their intervals say less about training.")
+    shared = {}
+    for model, (own, *others) in _options(group.runs).items():
+        if own and not others: shared.setdefault(own, []).append(model)
+    for own, models in shared.items(): notes.append(f"All runs of {', '.join(models)}: {own}.")
     commits = sorted({str(r.provenance.get("commit"))[:10] for r in group.runs})
     if len(commits) > 1: notes.append(f"The runs come from {len(commits)} versions of the code ({', '.join(commits)}).")
     if any(r.provenance.get("dirty") for r in group.runs): notes.append("Some runs come from code that was not committed (marked + under provenance).")

@@ -8,6 +8,8 @@ __all__ = ['NAMES', 'task_names', 'ManyTasks']
 # %% ../../nbs/tasks/260_many.ipynb #c003
 import dataclasses
 
+import numpy as np
+
 from ..core import ParameterError, choose
 from .deformation import Sink, Source
 from .intensity import SmoothIntensity
@@ -39,10 +41,12 @@ class ManyTasks(Task):
     mix: bool = True                 # blending: the stronger of two gradients; else the patch's alone
     push: tuple = (0.5, 5.0)         # deformation: least and largest push in voxels
     strength: float = 0.2            # intensity: |change| = s/2 + Gamma(3, s)
+    normal: float = 0.0              # chance that nothing is changed; the paper changes every sample
 
     def __post_init__(self):
         common = {k: getattr(self, k) for k in ("most", "again", "sigma", "label", "share")}
         own = {"intra": dict(mix=self.mix), "inter": dict(mix=self.mix, outside=self.outside), "sink": dict(push=tuple(self.push)), "source": dict(push=tuple(self.push)), "smooth": dict(strength=self.strength)}
+        if not 0 <= self.normal < 1: raise ParameterError("ManyTasks", f"got normal={self.normal}", "a probability below 1")
         self.members = {name: _CLASSES[name](**common, **own[name]) for name in task_names(self.tasks)}
         self.needs_source = any(t.needs_source for t in self.members.values())
         self.needs_external = any(t.needs_external for t in self.members.values())
@@ -58,5 +62,6 @@ class ManyTasks(Task):
     def with_external(self, dataset): return self._each("with_external", dataset)
 
     def apply(self, sample, rng):
+        if self.normal and rng.random() < self.normal: return dict(image=sample["image"].copy(), target=np.zeros((1, *sample["image"].shape[1:]), dtype=np.float32), meta=sample["meta"] | {"task": "none"})
         name = tuple(self.members)[int(rng.integers(len(self.members)))]
         return self.members[name].apply(sample, rng) | {"meta": sample["meta"] | {"task": name}}

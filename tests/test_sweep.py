@@ -118,7 +118,7 @@ def test_the_task_folds_are_all_there():
     folds = {(r.parameters["trained"], r.parameters["fold"], r.parameters["seed"]) for r in plan.runs}
     assert folds == {(t, f, s) for t, n in ((1, 5), (2, 10), (3, 10), (4, 5)) for f in range(n) for s in range(3)} and len(plan.runs) == 90
     assert [r.parameters["seed"] for r in plan.then] == [0, 1, 2] and {r.experiment for r in plan.then} == {"task_table"}
-    assert {tuple(r.parameters[k] for k in ("dataset", "size", "contrast", "dims")) for r in plan.runs + plan.then} == {("brain", "claims", "FLAIR", 2)}
+    assert {tuple(r.parameters[k] for k in ("dataset", "size", "contrast", "dims")) for r in plan.runs + plan.then} == {("brain", "coarse", "T2", 2)}
     taste = sweep.read_sweep(ROOT/"sweeps"/"task_folds.yaml", {"size": "tiny", "max_seconds": "10", "seed": "0"})
     assert (len(taste.runs), len(taste.then)) == (30, 1) and {r.parameters["size"] for r in taste.runs + taste.then} == {"tiny"}
 

@@ -16,6 +16,7 @@ import sys
 import time
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"): os.environ[name] = "1"      # one core: before numpy starts
+if platform.machine() == "x86_64": os.environ.setdefault("NPY_DISABLE_CPU_FEATURES", "AVX512_ICL AVX512_SPR X86_V4")   # its AVX-512 sort is ten times slower on some processors, which would handicap the reference alone
 
 import numpy as np
 from scipy import ndimage

@@ -1,8 +1,11 @@
 """The data module from files to batches: faults, leakage, hidden labels, repeatable randomness, the way back to volumes."""
 import dataclasses
 import errno
+import gc
 import gzip
+import os
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,6 +17,7 @@ import torch
 from anomaly_nb.core import DataError, LeakageError, ParameterError, PoolError, check_sample
 from anomaly_nb.data import cache as cache_module
 from anomaly_nb.data.cache import cached, content_hash
+from anomaly_nb.data.formats import load_npy
 from anomaly_nb.data.module import AnomalyDataModule
 from anomaly_nb.data.records import Record, load_record, read_manifest, read_volume, records_manifest, write_manifest, write_volume
 from anomaly_nb.data.sets import PatchSet, SliceSet, VolumeSet, assemble_volumes
@@ -171,6 +175,21 @@ def test_cache_made_by_many_at_once(tmp_path, records):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: np.array(cached(records["a"], (ZScore(),), tmp_path / "cache").image), range(16)))
     assert all(np.array_equal(f, found[0]) for f in found)
+
+
+def test_arrays_are_read_by_many_threads_at_once(tmp_path):
+    """Python's parser (numpy reads headers with it) counts its depth in one place for all threads up to 3.11.7: cpython 106905."""
+    class Slow:
+        def __del__(self): os.stat("/")     # garbage whose end lets go of the lock of the interpreter, in the middle of parsing
+    def one(_):
+        slow = Slow(); slow.me = slow
+        return load_npy(tmp_path / "a.npy").shape
+    np.save(tmp_path / "a.npy", np.zeros((3, 4)))
+    before, interval = gc.get_threshold(), sys.getswitchinterval()
+    try:
+        gc.set_threshold(50); sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(4) as pool: assert set(pool.map(one, range(6000))) == {(3, 4)}
+    finally: gc.set_threshold(*before); sys.setswitchinterval(interval)
 
 
 def test_contents_are_not_hashed_twice(tmp_path, records, monkeypatch):

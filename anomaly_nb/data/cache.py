@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import DataError, settings, stable_hash, write_aside, write_json
+from .formats import load_npy
 from .records import file_hash, load_record
 from .transforms import apply_transforms, describe
 
@@ -110,7 +111,7 @@ def open_entry(folder):
             size, time, crc = info["files"][name]
             state = _state(folder/f"{name}.npy")
             if state[0] != size or (state[1] != time and _checksum(folder/f"{name}.npy") != crc): return None
-            arrays.append(np.load(folder/f"{name}.npy", mmap_mode="r", allow_pickle=False))
+            arrays.append(load_npy(folder/f"{name}.npy", mmap_mode="r"))
         good = list(arrays[0].shape) == info["shape"] and arrays[1].shape == (3, *info["shape"][1:])
         return Prepared(*arrays, info, folder) if good else None
     except (OSError, ValueError, KeyError, TypeError): return None

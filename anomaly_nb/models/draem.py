@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..core import ParameterError, choose
 from .model import AnomalyModel, Stage, scored
-from .segmenter import soft_loss
+from .segmenter import RARE, soft_loss
 from .unet import UNet
 
 # %% ../../nbs/models/370_draem.ipynb #c006
@@ -91,7 +91,7 @@ def restored(self: DRAEM, batch):
 @patch
 def marked(self: DRAEM, batch, x_hat):
     "Logit of paint at each voxel [B,1,*spatial] float32, from the image and its restored version."
-    return self.marker(torch.cat([x_hat, batch["image"] * batch["foreground"]], 1)).float() - 3.0
+    return self.marker(torch.cat([x_hat, batch["image"] * batch["foreground"]], 1)).float() + RARE
 
 @patch
 def terms(self: DRAEM, batch):

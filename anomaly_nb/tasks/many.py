@@ -8,13 +8,11 @@ __all__ = ['NAMES', 'task_names', 'ManyTasks']
 # %% ../../nbs/tasks/260_many.ipynb #c003
 import dataclasses
 
-import numpy as np
-
 from ..core import ParameterError, choose
 from .deformation import Sink, Source
 from .intensity import SmoothIntensity
 from .poisson import InterBlend, IntraBlend
-from .task import Task
+from .task import Task, untouched
 
 # %% ../../nbs/tasks/260_many.ipynb #c006
 NAMES = ("intra", "inter", "sink", "source", "smooth")     # the order is the fold ids 0 to 4 of the paper
@@ -62,6 +60,6 @@ class ManyTasks(Task):
     def with_external(self, dataset): return self._each("with_external", dataset)
 
     def apply(self, sample, rng):
-        if self.normal and rng.random() < self.normal: return dict(image=sample["image"].copy(), target=np.zeros((1, *sample["image"].shape[1:]), dtype=np.float32), meta=sample["meta"] | {"task": "none"})
+        if self.normal and rng.random() < self.normal: return untouched(sample) | dict(meta=sample["meta"] | {"task": "none"})
         name = tuple(self.members)[int(rng.integers(len(self.members)))]
         return self.members[name].apply(sample, rng) | {"meta": sample["meta"] | {"task": name}}

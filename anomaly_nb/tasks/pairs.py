@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import DataError, PoolError, choose
-from .task import Task
+from .task import Task, untouched
 
 # %% ../../nbs/tasks/210_pairs.ipynb #c006
 def places(source):
@@ -42,7 +42,7 @@ class Pairs(Task):
     def apply(self, sample, rng):
         partner = self.other(sample, rng) if self.location == "random" else self.source[int(rng.choice(self.partners(sample)))]
         if partner["image"].shape != sample["image"].shape: raise DataError(f"sample {partner['id']!r}", f"has the shape {partner['image'].shape}", f"{sample['image'].shape}, as {sample['id']!r}")
-        return dict(image=sample["image"].copy(), target=np.zeros((1, *sample["image"].shape[1:])), positive=partner["image"] * partner["foreground"])
+        return untouched(sample) | dict(positive=partner["image"] * partner["foreground"])
 
 # %% ../../nbs/tasks/210_pairs.ipynb #c011
 @patch

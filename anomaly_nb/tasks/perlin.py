@@ -20,7 +20,7 @@ from ..arrays import bounding_box, compiled
 from ..core import DataError, ParameterError, choose
 from .recipe import image_limits
 from .shapes import turn
-from .task import Task
+from .task import Task, untouched
 
 # %% ../../nbs/tasks/274_perlin.ipynb #c006
 def fade(t):
@@ -201,13 +201,12 @@ def draw_texture(self: PerlinTexture, sample, rng):
 @patch
 def apply(self: PerlinTexture, sample, rng):
     "With probability `normal` nothing; else x outside of the mask, beta x + (1 - beta) A inside, beta ~ U(0, opaque), A the texture in the range of the image."
-    limits, image = image_limits(sample), sample["image"]
-    nothing = dict(image=image.copy(), target=np.zeros((1, *image.shape[1:]), dtype=np.float32))
-    if rng.random() < self.normal: return nothing
+    limits, image = image_limits(sample), sample["image"]                         # before the coin: an image without contrast is always an error
+    if rng.random() < self.normal: return untouched(sample)
     for _ in range(20):                                                           # at 256 pixels masks are hardly ever empty; of large hills and a small organ often
         M = perlin_mask(image.shape[1:], rng, self.threshold, self.cell) & sample["foreground"][0]
         if M.any(): break
-    else: return nothing
+    else: return untouched(sample)
     low, high = limits.T.reshape(2, -1, *(1,)*M.ndim)
     A = low + (high - low)*self.draw_texture(sample, rng)
     beta = np.float32(rng.uniform(0, self.opaque))

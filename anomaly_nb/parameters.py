@@ -109,6 +109,9 @@ def check_parameters(notebook, given):
         text = values.get("data_options" if what == "dataset" else f"{what}_options")
         if text and what not in named: raise ParameterError(f"{what}_options", f"is {text!r}, and there is no {what}", f"a {what} that takes them, or none")
         if text: catalog.check_options(catalog.TABLES[what][named[what]], catalog.parse_options(text, f"{what}_options"), f"{what}_options")
+    if values.get("postprocess"):
+        from anomaly_nb.methods.postprocess import read_steps              # scipy: only where it is asked for
+        read_steps(values["postprocess"])
     if "detector" in values: catalog.check_detectors(values["detector"], values.get("detector_options", ""))
     entry = catalog.MODELS.get(values.get("model"))
     if entry and values.get("dims", entry.dims[0]) not in entry.dims: raise ParameterError("dims", f"is {values['dims']}, model {values['model']!r} works in {entry.dims}", f"one of {entry.dims}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'Score', 'versus', 'verdict', 'read_binned', 'scores', 'healthy_marked', 'ranking', 'best_kinds',
-           'best_baseline', 'compare', 'summary', 'families', 'sites']
+           'best_baseline', 'compare', 'summary', 'families', 'approach_of', 'sites']
 
 # %% ../nbs/717_ranking.ipynb #c003
 import functools
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from .catalog import MODELS
 from .core import stable_hash
 from .metrics.binned import bin_histograms, bootstrap_binned, load_binned
 from .metrics.detection import auroc
@@ -206,6 +207,12 @@ def families(group):
     for m in group.methods:
         for family, row in (m.numbers[0].get("families") or {}).items(): about.setdefault(family, {"subjects": row.get("subjects"), "prevalence": None}).update({k: row[k] for k in ("prevalence",) if row.get(k) is not None})
     return pd.DataFrame(about, index=["subjects", "prevalence"]).T
+
+def approach_of(method):
+    "Under which of `catalog.APPROACHES` a method falls: that of its model, `embeddings` for a detector on the model's vectors, `other` for a model that the catalog does not know."
+    about = method.first.metrics
+    if method.kind.partition("-")[0] in str(about.get("detector") or "").split("+"): return "embeddings"
+    return MODELS[about["model"]].approach if about.get("model") in MODELS else "other"
 
 def sites(group):
     "Sorted names of the sites of the test subjects."

@@ -17,7 +17,7 @@ import pandas as pd
 from .core import InputError
 
 # %% ../nbs/716_results.ipynb #c004
-EMBEDDED = ("brain", "textures", "spine", "chest", "torso")                          # cohorts made here: never evidence about patients
+EMBEDDED = ("brain", "ct", "textures", "spine", "chest", "torso")                    # cohorts made here: never evidence about patients
 UNITS = {"textures": "crops of one photograph", "mvtec": "pictures"}                 # what is resampled, where it is no subject
 _ONE = {"subjects": "subject", "crops of one photograph": "crop of one photograph", "pictures": "picture"}
 _DATA = ("dataset", "size", "contrast", "data_options", "dims", "grid")              # what the test set is made from

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from anomaly_nb import catalog
-from anomaly_nb.core import collate, rng_of, seed_everything
+from anomaly_nb.core import InputError, collate, rng_of, seed_everything
 from anomaly_nb.data.brain import brain_records
 from anomaly_nb.data.module import AnomalyDataModule
 from anomaly_nb.data.sets import SliceSet, VolumeSet
 from anomaly_nb.experiment import make_task
 from anomaly_nb.metrics.localization import pixel_ap
-from anomaly_nb.models.checks import CHECKS, check_detects, check_model
+from anomaly_nb.models.checks import check_detects, check_loss_falls, check_model
 
 torch.set_num_threads(1)
 
@@ -61,16 +61,39 @@ def test_shared_check(name, dims, channels):
     entry, shape = catalog.MODELS[name], (21, 18) if dims == 2 else (10, 13, 9)
     batch = batch_of(shape, channels)
     if entry.task: batch = with_task(entry.task, batch)
-    batches = {"train": batch, "weak": batch | {"label": torch.arange(6) % 2}, "unlabelled": batch}
-    unknown = set(entry.exempt) - {*CHECKS, "detects"}
-    assert not unknown, f"the catalog exempts {name} from checks that do not exist: {unknown}"
+    batches = {"train": batch, "weak": batch | {"label": torch.arange(6) % 2}, "unlabelled": batch, "train+unlabelled": batch}
     check_model(lambda: catalog.build(catalog.MODELS, name, "model", channels=channels, spatial_dims=dims, shape=shape), batches, exempt=entry.exempt)
+
+
+def distinct():
+    "One name for each class and defaults of the catalog."
+    return list({(e.target, repr(e.defaults)): name for name, e in reversed(catalog.MODELS.items())}.values())
+
+
+@pytest.mark.parametrize("name", distinct())
+def test_poor_batches(name):
+    """A batch of one trains, or is refused in words; a blank image, and one without an organ, get finite scores."""
+    entry, batch = catalog.MODELS[name], batch_of((21, 18), 1)
+    if entry.task: batch = with_task(entry.task, batch)
+    seed_everything(0)
+    model = catalog.build(catalog.MODELS, name, "model", channels=1, spatial_dims=2, shape=(21, 18))
+    one = {k: v[:1] for k, v in batch.items()}
+    try: check_loss_falls(model, one, steps=2, share=-np.inf)
+    except InputError as error: assert "1" in str(error) or "one" in str(error), error
+    model.eval()
+    with torch.no_grad(): model.fit_statistics([dict(batch)])
+    poor = {k: v.clone() if isinstance(v, torch.Tensor) else list(v) for k, v in batch.items()}
+    poor["image"][0] = 1.5
+    poor["foreground"][1] = False
+    with torch.no_grad():
+        for kind in model.kinds:
+            for key, value in model.score(poor, kind).items(): assert value.isfinite().all(), f"{name}, {kind}: {key} is not finite"
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    records = brain_records("tiny", "FLAIR")
-    return {pool: SliceSet(VolumeSet(found), min_foreground=0.05 if pool == "train" else 1e-9) for pool, found in records.items()}
+    records = brain_records("tiny", "FLAIR", pools=("train", "val", "test", "unlabelled"))
+    return {pool: SliceSet(VolumeSet(found), min_foreground=0.05 if pool in ("train", "unlabelled") else 1e-9) for pool, found in records.items()}
 
 
 @pytest.mark.parametrize("name", [n for n, e in catalog.MODELS.items() if "detects" not in e.exempt])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'LEAST', 'MOST', 'EpochSampler', 'hide', 'Pool', 'ReadyPool', 'check_pools', 'check_leakage', 'check_grids',
-           'check_normals', 'AnomalyDataModule']
+           'check_normals', 'AnomalyDataModule', 'pools_of', 'Union']
 
 # %% ../../nbs/data/160_module.ipynb #c003
 import json
@@ -193,23 +193,54 @@ LEAST = 0.05   # share of organ that a slice needs for a task
 MOST = 512     # samples of a validation with a task
 
 @patch
-def loader(self: AnomalyDataModule, pool, task=False, shuffle=False, batch_size=None, workers=None):
-    "A `DataLoader` of collated batches from one pool; with `task=True` the module's task is applied. Errors: `ParameterError`, `PoolError`."
-    choose(pool, POOLS, "pool")
-    self.require([pool], "loader")
+def offered(self: AnomalyDataModule, pool, task=False):
+    "(data set of one pool, with its task if `task`; the indices of those of its samples that a loader shows). Errors: `DataError`."
     own = self.pools[pool]
-    fixed = pool in _FIXED and not (task and self.resample_val)
-    dataset = Pool(own.dataset, pool, self.seed, self.bound_task(pool), fixed) if task else own
+    dataset = Pool(own.dataset, pool, self.seed, self.bound_task(pool), pool in _FIXED and not self.resample_val) if task else own
     if task and self.ready: dataset = self.ready_pool(dataset)
-    workers = self.workers if workers is None else workers
     shares = getattr(own.dataset, "shares", None)
     which = np.flatnonzero(shares >= LEAST) if task and shares is not None else np.arange(len(dataset))
     if task and pool in _FIXED and len(which) > MOST: which = which[np.linspace(0, len(which) - 1, MOST).round().astype(int)]
     if not len(which): raise DataError(f"pool {pool!r}", f"has no slice with {LEAST:.0%} of organ", "something for the task to work on")
-    sampler = EpochSampler(which, shuffle, self.seed, own.split, fixed=fixed)
+    return dataset, which
+
+# %% ../../nbs/data/160_module.ipynb #c029
+def pools_of(name):
+    "`'train+unlabelled'` to ('train', 'unlabelled'). Errors: `ParameterError` for an unknown pool, one named twice, or a held-out pool joined to another."
+    names = tuple(name.split("+"))
+    for one in names: choose(one, POOLS, "pool")
+    if len(set(names)) < len(names): raise ParameterError("pool", f"{name!r} names a pool twice", "each pool once")
+    if len(names) > 1 and set(names) & set(_FIXED): raise ParameterError("pool", f"{name!r} joins a held-out pool", "a union of train, weak and unlabelled")
+    return names
+
+class Union(Dataset):
+    "The samples of several pools, one pool after the other; takes `index` or `(epoch, index)`, as a `Pool`."
+    def __init__(self, parts):
+        self.parts, self.begins = list(parts), np.cumsum([0] + [len(p) for p in parts])
+        self.ids, self.subjects = ([x for p in self.parts for x in getattr(p, what)] for what in ("ids", "subjects"))
+
+    def __len__(self): return int(self.begins[-1])
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        part = int(np.searchsorted(self.begins, index, side="right")) - 1
+        if not 0 <= part < len(self.parts): raise IndexError(index)
+        return self.parts[part][(epoch, int(index - self.begins[part]))]
+
+# %% ../../nbs/data/160_module.ipynb #c031
+@patch
+def loader(self: AnomalyDataModule, pool, task=False, shuffle=False, batch_size=None, workers=None):
+    "A `DataLoader` of collated batches from one pool, or from a union such as `train+unlabelled`; with `task=True` the module's task is applied. Errors: `ParameterError`, `PoolError`."
+    names = pools_of(pool)
+    self.require(names, "loader")
+    parts, chosen = zip(*(self.offered(name, task) for name in names))
+    dataset = Union(parts) if len(parts) > 1 else parts[0]
+    which = np.concatenate([which + begin for which, begin in zip(chosen, dataset.begins)]) if len(parts) > 1 else chosen[0]
+    fixed, split = pool in _FIXED and not (task and self.resample_val), sum(POOLS.index(n) * len(POOLS)**i for i, n in enumerate(names))
+    sampler, workers = EpochSampler(which, shuffle, self.seed, split, fixed=fixed), self.workers if workers is None else workers
     return DataLoader(dataset, batch_size=batch_size or self.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
-# %% ../../nbs/data/160_module.ipynb #c028
+# %% ../../nbs/data/160_module.ipynb #c032
 @patch
 def ready_pool(self: AnomalyDataModule, pool):
     "`pool` with its task's samples kept in a temporary folder, which goes with this data module."
@@ -218,7 +249,7 @@ def ready_pool(self: AnomalyDataModule, pool):
     folder.mkdir(exist_ok=True)
     return ReadyPool(pool.dataset, pool.name, self.seed, pool.task, self.ready, folder, pool.fixed)
 
-# %% ../../nbs/data/160_module.ipynb #c029
+# %% ../../nbs/data/160_module.ipynb #c033
 @patch
 def summary(self: AnomalyDataModule):
     "One dict a pool: samples, volumes, subjects, ill volumes, ill samples (None where hidden), masks unknown."

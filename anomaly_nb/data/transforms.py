@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['zscore', 'rescale', 'Transform', 'ZScore', 'Rescale', 'SelectChannels', 'regrid', 'CropOrPad', 'PadToMultiple',
-           'resize_weights', 'cover_weights', 'Resize', 'Equalise', 'apply_transforms', 'describe', 'wanted_transforms']
+           'resize_weights', 'cover_weights', 'Resize', 'Equalise', 'Window', 'apply_transforms', 'describe',
+           'wanted_transforms']
 
 # %% ../../nbs/data/140_transforms.ipynb #c003
 import dataclasses
@@ -170,7 +171,20 @@ class Equalise(Transform):
             out[c, inside] = 2*np.interp(x, (edges[1:] + edges[:-1])/2, F) - 1
         return sample | {"image": out}
 
-# %% ../../nbs/data/140_transforms.ipynb #c036
+# %% ../../nbs/data/140_transforms.ipynb #c037
+@dataclass(frozen=True)
+class Window:
+    "CT: Hounsfield units clipped to windows (width, level) and scaled to 0 to 1; each channel becomes one channel a window; `background` outside the foreground. Errors: `DataError` for a width that is not positive."
+    windows: tuple[tuple[float, float], ...] = ((80.0, 40.0),)
+    background: float = 0.0
+
+    def __call__(self, sample):
+        if any(not w > 0 for w, _ in self.windows): raise DataError(f"sample {sample['id']!r}", f"asks for the windows {self.windows}", "(width, level) with a width above 0")
+        inside = sample["foreground"][0]
+        out = np.concatenate([np.clip((sample["image"] - np.float32(level))/np.float32(width) + np.float32(.5), 0, 1) for width, level in self.windows])
+        return sample | {"image": np.where(inside, out, np.float32(self.background)).astype(np.float32)}
+
+# %% ../../nbs/data/140_transforms.ipynb #c040
 def apply_transforms(sample, transforms):
     "The sample after all transforms, in order; the input stays as it is."
     for transform in transforms: sample = transform(sample)
@@ -180,10 +194,11 @@ def describe(transforms):
     "A list of JSON descriptions; anything callable may serve, its qualified name then stands for it."
     return [t.describe() if hasattr(t, "describe") else {"name": f"{t.__module__}.{getattr(t, '__qualname__', type(t).__qualname__)}"} for t in transforms]
 
-# %% ../../nbs/data/140_transforms.ipynb #c040
+# %% ../../nbs/data/140_transforms.ipynb #c044
 def wanted_transforms(records, grid=None):
-    "Transforms that records ask for by `meta[\"resize\"]` (pixels a side) and `meta[\"equalise\"]` (histogram bins), then crop or pad to `grid` (D,H,W) if given. Errors: `DataError` for records that ask for different ones."
+    "Transforms that records ask for by `meta[\"hu_windows\"]` (CT: list of (width, level)), `meta[\"resize\"]` (pixels a side) and `meta[\"equalise\"]` (histogram bins), then crop or pad to `grid` (D,H,W) if given. Errors: `DataError` for records that ask for different ones."
     sides, bins = (sorted({int(r.meta.get(wish) or 0) for r in records}) for wish in ("resize", "equalise"))
-    for what, found in (("sizes", sides), ("histograms", bins)):
-        if len(found) > 1: raise DataError("records", f"ask for different {what} ({', '.join(map(str, found))}; 0: as it is)", "one for all records of an experiment")
-    return tuple(Resize(s) for s in sides if s) + tuple(Equalise(n) for n in bins if n) + ((CropOrPad(tuple(grid), cut=True),) if grid else ())
+    windows = sorted({tuple((float(w), float(l)) for w, l in r.meta.get("hu_windows") or ()) for r in records})
+    for what, found in (("windows", windows), ("sizes", sides), ("histograms", bins)):
+        if len(found) > 1: raise DataError("records", f"ask for different {what} ({', '.join(map(str, found))}; {() if what == 'windows' else 0}: as it is)", "one for all records of an experiment")
+    return tuple(Window(w) for w in windows if w) + tuple(Resize(s) for s in sides if s) + tuple(Equalise(n) for n in bins if n) + ((CropOrPad(tuple(grid), cut=True),) if grid else ())

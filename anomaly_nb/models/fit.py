@@ -180,6 +180,7 @@ def _check_fit(model, data, judge=None):
             raise ParameterError(type(model).__name__, f"was made for {name} {made}, the data have {given}", f"{name}={given}")
     own = {id(p) for p in model.parameters()}
     for stage in model.stages():
+        data.require(stage.pool.split("+"), f"{type(model).__name__}, stage {stage.name!r}")      # now, and not after the stages before it
         if not isinstance(stage.module, Part) or any(id(p) not in own for p in stage.module.parameters()):
             raise ParameterError(type(model).__name__, f"stage {stage.name!r} trains something that is not a part of the model", "a Part whose weights are the model's, or they are not saved")
         if (stage.best or stage.patience) and not judge and stage.val not in data.pools:

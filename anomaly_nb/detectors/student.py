@@ -97,7 +97,7 @@ class StudentByBIC(OutlierMixin, BaseEstimator):
         self.components, self.nu, self.reg_covar, self.random_state = components, nu, reg_covar, random_state
 
     def fit(self, X, y=None):
-        if max(self.components) > len(X): raise ParameterError("student: components", f"are {self.components} for {len(X)} vectors", "at most as many components as vectors")
+        if not self.components or max(self.components) > len(X): raise ParameterError("student: components", f"are {self.components} for {len(X)} vectors", "at least one candidate, with at most as many components as vectors")
         fitted = {k: StudentMixture(k, self.nu, self.reg_covar, random_state=self.random_state).fit(X) for k in self.components}
         self.bic_ = {k: m.bic(X) for k, m in fitted.items()}
         self.n_components_ = min(self.bic_, key=self.bic_.get)

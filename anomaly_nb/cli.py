@@ -44,7 +44,7 @@ def make_parser():
         action.add_argument("dataset", help="a name of anomaly-nb data list")
         action.add_argument("-o", "--option", action="append", default=[], nargs="+", metavar="NAME=VALUE", help="an option of the data set; may be repeated")
         action.add_argument("--size", default="tiny", help="of an embedded cohort: tiny (default), demo or claims")
-        action.add_argument("--contrast", default="FLAIR", help="T1, T2, FLAIR, CT or several joined by + (default: FLAIR)")
+        action.add_argument("--contrast", default="FLAIR", help="of a data set that has several: T1, T2, FLAIR, CT or several joined by + (default: FLAIR)")
     commands.add_parser("doctor", help="versions, device, folders: is this machine ready?")
     return parser
 
@@ -205,7 +205,7 @@ def _list():
 def data(args):
     "Lists the data sets of the catalog, makes an embedded cohort, or checks what a data set holds."
     if args.action == "list": return _list()
-    from anomaly_nb.experiment import load_records
+    from anomaly_nb.experiment import load_records, told
     options = " ".join(f"{name}={value}" for name, value in read_pairs(args.option, "-o").items())
     path = getattr(args, "path", "") and str(Path(args.path).expanduser().resolve())
     records = load_records(args.dataset, args.size, args.contrast, options, **({"path": path} if path else {}))
@@ -214,7 +214,7 @@ def data(args):
         found = check_records(records)
         print_check(found)
         return int(bool(found["problems"]))
-    print(f"{args.dataset} ({args.size}, {args.contrast}): " + ", ".join(f"{pool} {len(items)}" for pool, items in records.items()))
+    print(f"{args.dataset} ({', '.join(v for v in told(args.dataset, size=args.size, contrast=args.contrast).values() if v)}): " + ", ".join(f"{pool} {len(items)}" for pool, items in records.items()))
 
 # %% ../nbs/740_cli.ipynb #c020
 def doctor(args):

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 SMALL = dict(widths=(4, 8), latent=4)
 MAKERS = {"ae l1": lambda **kw: AutoencoderModel(criterion="l1", **SMALL, **kw), "ae l2": lambda **kw: AutoencoderModel(**SMALL, **kw), "ae ssim": lambda **kw: AutoencoderModel(criterion="ssim", **SMALL, **kw),
           "ae spatial": lambda **kw: AutoencoderModel(dense=False, **SMALL, **kw), "uncertain": lambda **kw: UncertainAutoencoder(**SMALL, **kw), "uncertain spatial": lambda **kw: UncertainAutoencoder(dense=False, **SMALL, **kw),
-          "memory": lambda **kw: MemAE(items=20, threshold=0.1, **SMALL, **kw), "memory dense": lambda **kw: MemAE(dense=True, items=20, threshold=0.0, **SMALL, **kw)}
+          "memory": lambda **kw: MemAE(slots=20, threshold=0.1, **SMALL, **kw), "memory dense": lambda **kw: MemAE(dense=True, slots=20, threshold=0.0, **SMALL, **kw)}
 
 
 # ---- structure
@@ -199,7 +199,7 @@ def test_a_nan_stops_by_name_and_the_last_good_state_is_kept(name, tmp_path):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: AutoencoderModel(shape=(12, 12), criterion="ssmi"), "did you mean 'ssim'"), (lambda: AutoencoderModel(), "needs the image's size"), (lambda: UncertainAutoencoder(shape=(12, 12), floor=1.0), "log variance"),
-    (lambda: MemAE(shape=(12, 12), items=0), "at least one"), (lambda: MemAE(shape=(12, 12), threshold=1.0), "a share from 0"), (lambda: MemAE(shape=(12, 12), entropy=-1e-4), "at least 0"), (lambda: MemAE(dense=True), "needs the image's size")])
+    (lambda: MemAE(shape=(12, 12), slots=0), "at least one"), (lambda: MemAE(shape=(12, 12), threshold=1.0), "a share from 0"), (lambda: MemAE(shape=(12, 12), entropy=-1e-4), "at least 0"), (lambda: MemAE(dense=True), "needs the image's size")])
 def test_hyper_parameters_are_checked(make, message):
     with pytest.raises(ParameterError, match=message): make()
 

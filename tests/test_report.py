@@ -237,6 +237,19 @@ def test_a_patient_without_a_mask_is_shown(tmp_path):
     assert "Voxel AP: not known for any method" in page and "every order of methods is undecided" in page
 
 
+def test_methods_stand_under_their_approach(tmp_path):
+    folders = [write_run(tmp_path, m, skill, name=f"evaluate-{m}", baseline=m == "mean") for m, skill in (("vae", 1.0), ("cevae", 2.0), ("ae", 0.5), ("mean", 0.3), ("gone", 0.2))]
+    report.write_report(folders, tmp_path/"page.html", n_boot=50)
+    page = (tmp_path/"page.html").read_text()
+    start = page.rindex("By approach<")
+    part = Seen(page[start:page.index("Families<", start)]).text
+    places = [part.index(w) for w in ("no learning", "mean", "autoencoder", "variational", "cevae", "other", "gone")]
+    assert places == sorted(places) and part.index("cevae") < part.index("vae", part.index("cevae") + 5)          # the catalog's order; within an approach the better first
+    alike = [write_run(tmp_path/"alike", m, 1.0, name=f"evaluate-{m}", baseline=m == "mean") for m in ("vae", "cevae", "mean")]
+    report.write_report(alike, tmp_path/"alike.html", n_boot=50)
+    assert "By approach" not in (tmp_path/"alike.html").read_text()                                                # one approach: nothing to group
+
+
 def test_run_folders_that_lack_something(tmp_path):
     "No scores at all, no slices, no history, an older metrics.json: a page nevertheless; a broken file is named."
     bare = write_run(tmp_path, "bare", 1.0)

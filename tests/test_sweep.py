@@ -159,6 +159,15 @@ def test_other_data_at_the_same_path_are_another_run(monkeypatch):
         assert key(parameters.data_hash(values)) != key(before), change
 
 
+def test_options_are_refused_before_a_kernel_starts():
+    check = lambda **given: parameters.check_parameters(parameters.experiment_path(given.pop("experiment", "evaluate")), given)
+    with pytest.raises(InputError, match="did you mean 'erode'"): check(postprocess="erod=1")
+    with pytest.raises(InputError, match="an odd number"): check(postprocess="median=4")
+    assert check(postprocess="erode=1 median=3")["postprocess"] == "erode=1 median=3"
+    assert check(experiment="ct_pretext", model_options="latent=8")["model_options"] == "latent=8"     # of several networks: there is no parameter model
+    with pytest.raises(InputError, match="there is no model"): check(model="", model_options="latent=8")
+
+
 def test_a_subject_in_two_pools_is_said_before_a_kernel_starts(monkeypatch):
     records = experiment.load_records("brain", "tiny", "FLAIR")
     monkeypatch.setattr(experiment, "load_records", lambda *a, **k: records | {"val": [*records["val"], records["train"][0]]})

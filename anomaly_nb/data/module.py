@@ -9,13 +9,14 @@ __all__ = ['POOLS', 'LEAST', 'MOST', 'EpochSampler', 'hide', 'Pool', 'ReadyPool'
 # %% ../../nbs/data/160_module.ipynb #c003
 import json
 import tempfile
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 from fastcore.basics import patch
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from ..core import DataError, LeakageError, ParameterError, PoolError, choose, collate, rng_of, write_aside
 from .records import records_manifest
@@ -28,12 +29,10 @@ class EpochSampler(Sampler):
         self.shuffle, self.seed, self.split, self.fixed, self.epoch = shuffle, seed, split, fixed, 0
 
     def __len__(self): return len(self.indices)
-
     def set_epoch(self, epoch): self.epoch = int(epoch)
 
     def __iter__(self):
-        epoch = 0 if self.fixed else self.epoch
-        self.epoch += 1
+        epoch, self.epoch = 0 if self.fixed else self.epoch, self.epoch + 1
         order = rng_of("order", self.seed, self.split, epoch).permutation(self.indices) if self.shuffle else self.indices
         return iter([(epoch, int(i)) for i in order])
 
@@ -46,8 +45,7 @@ _META = ("volume", "volume_shape", "origin", "extent", "spacing", "affine", "sit
 def hide(sample, pool):
     "What a model may see of a sample in this pool: no mask in `weak`, neither mask nor label in `unlabelled`."
     if pool not in _HIDDEN: return sample
-    shown = (*_META, "volume_label") if pool == "weak" else _META
-    meta = {k: sample["meta"][k] for k in shown if k in sample["meta"]}
+    meta = {k: v for k, v in sample["meta"].items() if k in _META or (k == "volume_label" and pool == "weak")}
     sample = sample | dict(mask=np.zeros_like(sample["mask"]), valid=np.ones_like(sample["valid"]), mask_known=False, meta=meta)
     return sample | dict(label=0) if pool == "unlabelled" else sample
 
@@ -56,15 +54,12 @@ class Pool(Dataset):
     "One split: hides what must be hidden, then calls the task with `default_rng([seed, split, epoch, index])`. `fixed`: the same in every epoch (default: of validation and test)."
     def __init__(self, dataset, name, seed=0, task=None, fixed=None):
         self.dataset, self.name, self.seed, self.task = dataset, name, seed, task
-        self.fixed = name in _FIXED if fixed is None else fixed
-        self.split = POOLS.index(name)
+        self.fixed, self.split = name in _FIXED if fixed is None else fixed, POOLS.index(name)
         self.ids, self.subjects, self.shape, self.channels = dataset.ids, list(dataset.subjects), dataset.shape, dataset.channels
-        self.spatial_dims, self.spacing = dataset.spatial_dims, dataset.spacing
+        self.spatial_dims, self.spacing, self._members = dataset.spatial_dims, dataset.spacing, set(dataset.subjects)
         self.labels = np.full(len(dataset), -1) if name == "unlabelled" else dataset.labels
-        self._members = set(self.subjects)
 
     def __len__(self): return len(self.dataset)
-
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = hide(self.dataset[index], self.name)
@@ -117,16 +112,13 @@ def check_pools(pools):
     for name, what in (("train", "no normal training data"), ("val", "no normal validation data")):
         if name not in pools: raise DataError(f"pool {name!r}", what, "a data set of normals")
 
-# %% ../../nbs/data/160_module.ipynb #c019
 def check_leakage(pools):
     "No subject stands in two pools. Errors: `LeakageError` with the subjects' names."
-    names = list(pools)
-    for i, a in enumerate(names):
-        for b in names[i + 1:]:
-            both = set(pools[a].subjects) & set(pools[b].subjects)
-            if both: raise LeakageError(f"pools {a!r} and {b!r}", f"share {len(both)} subject{'s'*(len(both) > 1)}: {_some(both)}", "no subject in two pools")
+    for a, b in combinations(pools, 2):
+        both = set(pools[a].subjects) & set(pools[b].subjects)
+        if both: raise LeakageError(f"pools {a!r} and {b!r}", f"share {len(both)} subject{'s'*(len(both) > 1)}: {_some(both)}", "no subject in two pools")
 
-# %% ../../nbs/data/160_module.ipynb #c020
+# %% ../../nbs/data/160_module.ipynb #c019
 def check_grids(pools):
     "All pools have the channels, axes, shape and (where common) spacing of the first. Errors: `DataError` with the subjects' names."
     first, reference = next(iter(pools.items()))
@@ -140,7 +132,6 @@ def check_grids(pools):
         if dataset.spacing and reference.spacing and not np.allclose(dataset.spacing, reference.spacing, rtol=.01):
             raise DataError(f"pool {name!r} (subjects {_some(dataset.subjects)})", f"has voxels of {dataset.spacing} mm", f"{reference.spacing} mm, as pool {first!r}")
 
-# %% ../../nbs/data/160_module.ipynb #c021
 def check_normals(pools):
     "`train` and `val` hold pieces of normal volumes only. Errors: `DataError` with the names."
     for name in ("train", "val"):
@@ -148,7 +139,7 @@ def check_normals(pools):
         wrong = [volumes.ids[i] for i in np.flatnonzero(volumes.labels)]
         if wrong: raise DataError(f"pool {name!r}", f"holds {len(wrong)} anomalous: {_some(wrong)}", "normals only (ill ones go to 'weak', 'unlabelled', 'val_anomalous' or 'test')")
 
-# %% ../../nbs/data/160_module.ipynb #c024
+# %% ../../nbs/data/160_module.ipynb #c022
 class AnomalyDataModule(pl.LightningDataModule):
     """Pools of one experiment, checked when it is made. `task`: synthetic anomalies or a pretext task, bound to each split; `val_task`: another one for the validation.
 
@@ -156,8 +147,7 @@ class AnomalyDataModule(pl.LightningDataModule):
     def __init__(self, train, val, test=None, weak=None, unlabelled=None, val_anomalous=None, task=None, batch_size=16, workers=0, seed=0, val_task=None, ready=0, resample_val=False):
         super().__init__()
         if isinstance(ready, bool) or not isinstance(ready, int) or ready < 0: raise ParameterError("ready", f"is {ready!r}", "a number of epochs, 0 for always new anomalies")
-        given = dict(zip(POOLS, (train, val, test, weak, unlabelled, val_anomalous)))
-        given = {name: dataset for name, dataset in given.items() if dataset is not None}
+        given = {name: dataset for name, dataset in zip(POOLS, (train, val, test, weak, unlabelled, val_anomalous)) if dataset is not None}
         for check in (check_pools, check_grids, check_leakage, check_normals): check(given)
         self.pools = {name: Pool(dataset, name, seed) for name, dataset in given.items()}
         self.batch_size, self.workers, self.seed, self.task, self.val_task = batch_size, workers, seed, task, val_task or task
@@ -175,7 +165,7 @@ class AnomalyDataModule(pl.LightningDataModule):
     def test_dataloader(self): return self.loader("test")
     def predict_dataloader(self): return self.loader("test")
 
-# %% ../../nbs/data/160_module.ipynb #c026
+# %% ../../nbs/data/160_module.ipynb #c024
 @patch
 def bound_task(self: AnomalyDataModule, pool):
     "The task, bound to the samples of this pool only. Errors: `ParameterError` without a task or for held-out pools, `LeakageError` if it keeps a foreign source."
@@ -188,7 +178,7 @@ def bound_task(self: AnomalyDataModule, pool):
     if foreign: raise LeakageError(f"task {type(task).__name__}", f"draws from subjects outside of {pool!r}: {_some(foreign)}", "bind(source) must replace its source")
     return task
 
-# %% ../../nbs/data/160_module.ipynb #c027
+# %% ../../nbs/data/160_module.ipynb #c025
 LEAST = 0.05   # share of organ that a slice needs for a task
 MOST = 512     # samples of a validation with a task
 
@@ -204,43 +194,6 @@ def offered(self: AnomalyDataModule, pool, task=False):
     if not len(which): raise DataError(f"pool {pool!r}", f"has no slice with {LEAST:.0%} of organ", "something for the task to work on")
     return dataset, which
 
-# %% ../../nbs/data/160_module.ipynb #c029
-def pools_of(name):
-    "`'train+unlabelled'` to ('train', 'unlabelled'). Errors: `ParameterError` for an unknown pool, one named twice, or a held-out pool joined to another."
-    names = tuple(name.split("+"))
-    for one in names: choose(one, POOLS, "pool")
-    if len(set(names)) < len(names): raise ParameterError("pool", f"{name!r} names a pool twice", "each pool once")
-    if len(names) > 1 and set(names) & set(_FIXED): raise ParameterError("pool", f"{name!r} joins a held-out pool", "a union of train, weak and unlabelled")
-    return names
-
-class Union(Dataset):
-    "The samples of several pools, one pool after the other; takes `index` or `(epoch, index)`, as a `Pool`."
-    def __init__(self, parts):
-        self.parts, self.begins = list(parts), np.cumsum([0] + [len(p) for p in parts])
-        self.ids, self.subjects = ([x for p in self.parts for x in getattr(p, what)] for what in ("ids", "subjects"))
-
-    def __len__(self): return int(self.begins[-1])
-
-    def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        part = int(np.searchsorted(self.begins, index, side="right")) - 1
-        if not 0 <= part < len(self.parts): raise IndexError(index)
-        return self.parts[part][(epoch, int(index - self.begins[part]))]
-
-# %% ../../nbs/data/160_module.ipynb #c031
-@patch
-def loader(self: AnomalyDataModule, pool, task=False, shuffle=False, batch_size=None, workers=None):
-    "A `DataLoader` of collated batches from one pool, or from a union such as `train+unlabelled`; with `task=True` the module's task is applied. Errors: `ParameterError`, `PoolError`."
-    names = pools_of(pool)
-    self.require(names, "loader")
-    parts, chosen = zip(*(self.offered(name, task) for name in names))
-    dataset = Union(parts) if len(parts) > 1 else parts[0]
-    which = np.concatenate([which + begin for which, begin in zip(chosen, dataset.begins)]) if len(parts) > 1 else chosen[0]
-    fixed, split = pool in _FIXED and not (task and self.resample_val), sum(POOLS.index(n) * len(POOLS)**i for i, n in enumerate(names))
-    sampler, workers = EpochSampler(which, shuffle, self.seed, split, fixed=fixed), self.workers if workers is None else workers
-    return DataLoader(dataset, batch_size=batch_size or self.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
-
-# %% ../../nbs/data/160_module.ipynb #c032
 @patch
 def ready_pool(self: AnomalyDataModule, pool):
     "`pool` with its task's samples kept in a temporary folder, which goes with this data module."
@@ -249,7 +202,38 @@ def ready_pool(self: AnomalyDataModule, pool):
     folder.mkdir(exist_ok=True)
     return ReadyPool(pool.dataset, pool.name, self.seed, pool.task, self.ready, folder, pool.fixed)
 
-# %% ../../nbs/data/160_module.ipynb #c033
+# %% ../../nbs/data/160_module.ipynb #c027
+def pools_of(name):
+    "`'train+unlabelled'` to ('train', 'unlabelled'). Errors: `ParameterError` for an unknown pool, one named twice, or a held-out pool joined to another."
+    names = tuple(name.split("+"))
+    for one in names: choose(one, POOLS, "pool")
+    if len(set(names)) < len(names): raise ParameterError("pool", f"{name!r} names a pool twice", "each pool once")
+    if len(names) > 1 and set(names) & set(_FIXED): raise ParameterError("pool", f"{name!r} joins a held-out pool", "a union of train, weak and unlabelled")
+    return names
+
+class Union(ConcatDataset):
+    "The samples of several pools, one pool after the other; takes `index` or `(epoch, index)`, as a `Pool`."
+    def begin(self, part): return self.cumulative_sizes[part - 1] if part else 0
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self): raise IndexError(index)
+        part = int(np.searchsorted(self.cumulative_sizes, index, side="right"))
+        return self.datasets[part][(epoch, int(index) - self.begin(part))]
+
+# %% ../../nbs/data/160_module.ipynb #c029
+@patch
+def loader(self: AnomalyDataModule, pool, task=False, shuffle=False, batch_size=None, workers=None):
+    "A `DataLoader` of collated batches from one pool, or from a union such as `train+unlabelled`; with `task=True` the module's task is applied. Errors: `ParameterError`, `PoolError`."
+    names = pools_of(pool)
+    self.require(names, "loader")
+    parts, chosen = zip(*(self.offered(name, task) for name in names))
+    dataset = Union(parts) if len(parts) > 1 else parts[0]
+    which = np.concatenate([which + dataset.begin(part) for part, which in enumerate(chosen)]) if len(parts) > 1 else chosen[0]
+    fixed, split = pool in _FIXED and not (task and self.resample_val), sum(POOLS.index(n) * len(POOLS)**i for i, n in enumerate(names))
+    sampler, workers = EpochSampler(which, shuffle, self.seed, split, fixed=fixed), self.workers if workers is None else workers
+    return DataLoader(dataset, batch_size=batch_size or self.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+
+# %% ../../nbs/data/160_module.ipynb #c030
 @patch
 def summary(self: AnomalyDataModule):
     "One dict a pool: samples, volumes, subjects, ill volumes, ill samples (None where hidden), masks unknown."

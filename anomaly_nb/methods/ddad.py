@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASES', 'discrepancies', 'DDAD', 'Refiner', 'DDADRefined']
 
-# %% ../../nbs/methods/655_ddad.ipynb #c002
+# %% ../../nbs/methods/655_ddad.ipynb #c003
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -17,14 +17,14 @@ from ..models.model import AnomalyModel, Stage, scored
 from ..models.segmenter import RARE, soft_loss
 from ..models.uncertain import UncertainAutoencoder
 
-# %% ../../nbs/methods/655_ddad.ipynb #c005
+# %% ../../nbs/methods/655_ddad.ipynb #c006
 def discrepancies(a, b, variance=None):
     "(inter, intra) [B,1,*spatial], means over channels, from the drawings `a` and `b` [K,B,C,*spatial] of two groups of networks; both divided by the root of `variance` [B,C,*spatial] if there is one."
     inter, intra = (a.mean(0) - b.mean(0)).abs(), b.std(0, unbiased=False)
     scale = 1.0 if variance is None else variance.sqrt().clamp_min(1e-6)
     return (inter / scale).mean(1, keepdim=True), (intra / scale).mean(1, keepdim=True)
 
-# %% ../../nbs/methods/655_ddad.ipynb #c011
+# %% ../../nbs/methods/655_ddad.ipynb #c012
 BASES = {"ae": (AutoencoderModel, {}), "uncertain": (UncertainAutoencoder, {}), "memory": (MemAE, dict(dense=True, items=25, threshold=0.0))}
 
 class DDAD(AnomalyModel):
@@ -45,7 +45,7 @@ class DDAD(AnomalyModel):
         groups = (("a", self.a, "train+unlabelled"), ("b", self.b, "train"))
         return [Stage(f"{name} {n}", member, pool=pool, epochs=self.hparams.epochs) for name, group, pool in groups for n, member in enumerate(group)]
 
-# %% ../../nbs/methods/655_ddad.ipynb #c012
+# %% ../../nbs/methods/655_ddad.ipynb #c013
 @patch
 def drawings(self: DDAD, members, batch):
     "What each of `members` draws [K,B,C,*spatial] in the foreground, in float32."
@@ -55,7 +55,7 @@ def drawings(self: DDAD, members, batch):
 @patch
 def maps(self: DDAD, batch):
     "`discrepancies` of the two groups: (inter, intra), each [B,1,*spatial]."
-    variance = None
+    variance, batch = None, batch | {"image": batch["image"].float()}
     if self.hparams.base == "uncertain":
         with torch.autocast(batch["image"].device.type, enabled=False): variance = torch.stack([m.distribution(batch)[1].exp() for m in self.b]).mean(0)
     return discrepancies(self.drawings(self.a, batch), self.drawings(self.b, batch), variance)
@@ -63,7 +63,7 @@ def maps(self: DDAD, batch):
 @patch
 def score(self: DDAD, batch, kind=None): return scored(self.maps(batch)[self.kinds.index(self.kind_of(kind))], batch["foreground"])
 
-# %% ../../nbs/methods/655_ddad.ipynb #c015
+# %% ../../nbs/methods/655_ddad.ipynb #c016
 class Refiner(nn.Module):
     "Three 3-convolutions from the two maps [B,2,*spatial], brought to mean 0 and variance 1 over the training images, to a logit [B,1,*spatial]."
     def __init__(self, spatial_dims=2, width=32):
@@ -73,7 +73,7 @@ class Refiner(nn.Module):
 
     def forward(self, maps): return self.net(maps) + RARE
 
-# %% ../../nbs/methods/655_ddad.ipynb #c016
+# %% ../../nbs/methods/655_ddad.ipynb #c017
 class DDADRefined(DDAD):
     """DDAD-ASR (Cai et al., MedIA 86:102794, 2023): DDAD and a network that reads its two maps, taught with foreign patches. Kinds: `refined`, its probability; `inter`, `intra`. Score: the map's mean.
 
@@ -92,7 +92,7 @@ class DDADRefined(DDAD):
         kind, maps = self.kind_of(kind), self.maps(batch)
         return scored(self.logit(maps, batch).sigmoid() if kind == "refined" else maps[self.kinds.index(kind) - 1], batch["foreground"])
 
-# %% ../../nbs/methods/655_ddad.ipynb #c017
+# %% ../../nbs/methods/655_ddad.ipynb #c018
 @patch
 def logit(self: DDADRefined, maps, batch):
     "The refiner's logit [B,1,*spatial] float32 for the two `maps`, which are 0 outside of the foreground."

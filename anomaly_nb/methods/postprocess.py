@@ -151,7 +151,7 @@ def _piece_scores(samples, maps):
     return found
 
 def postprocess_folder(folder, samples, steps):
-    """Writes the maps of a folder that `models.fit.predict` filled once more, after `steps`, as kinds `<kind>-post`, whose score is the map's mean over the organ. Returns the rows of all kinds, maps with whole paths.
+    """Writes the maps of a folder that `models.predict.predict` filled once more, after `steps`, as kinds `<kind>-post`, whose score is the map's mean over the organ. Returns the rows of all kinds, maps with whole paths.
 
     `samples`: the data set that was scored: slices or patches with their `volumes`, or volumes. Errors: `DataError`, `ParameterError`."""
     folder, steps = Path(folder), read_steps(steps)

@@ -52,6 +52,7 @@ class CEVAE(VAE):
 
     def loss(self, batch):
         "(1 - ce) * negative ELBO of the image + ce * error of the image drawn from its masked self, per foreground voxel."
+        if not self.hparams.ce: return super().loss(batch)                                                         # hidden images would still change the normalisation
         image, foreground, n = batch["image"], batch["foreground"], len(batch["image"])
         mu, logvar = self.net.encode(torch.cat([image * foreground, self.masked(image * foreground, foreground)]))
         z = mu + torch.cat([(0.5 * logvar[:n]).exp() * torch.randn_like(mu[:n]), torch.zeros_like(mu[n:])])       # the second half is not sampled

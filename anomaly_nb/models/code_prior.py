@@ -107,7 +107,7 @@ class VQPrior(VQVAE):
 
     def stages(self): return [Stage("codes", self, epochs=self.hparams.epochs), Stage("prior", CodePart(self), epochs=self.hparams.prior_epochs)]
 
-# %% ../../nbs/models/358_code_prior.ipynb #c021
+# %% ../../nbs/models/358_code_prior.ipynb #c020
 @patch
 def to_sequence(self: VQPrior, cells):
     "Values of cells [B,*grid] in the order of the prior [B,n]."
@@ -127,7 +127,7 @@ def sequence(self: VQPrior, batch):
     "The numbers of an image's codes, in order: [B,n]."
     return self.to_sequence(self.coded(batch)[1])
 
-# %% ../../nbs/models/358_code_prior.ipynb #c026
+# %% ../../nbs/models/358_code_prior.ipynb #c023
 @patch
 def surprise(self: VQPrior, batch):
     "-log p of each place's code, given those before it: [B,*grid] nats."
@@ -140,7 +140,7 @@ def fit_statistics(self: VQPrior, loader):
     found = torch.cat([self.surprise(batch)[organ_cells(batch["foreground"], self.net.multiple)] for batch in loader]).sort().values
     self.threshold = found[round((1 - self.hparams.unlikely) * (len(found) - 1))].clone() if len(found) else self.threshold
 
-# %% ../../nbs/models/358_code_prior.ipynb #c027
+# %% ../../nbs/models/358_code_prior.ipynb #c024
 @patch
 def restore(self: VQPrior, batch):
     "`draws` times: (image drawn after unlikely codes were replaced [B,C,*spatial] float32, which cells were [B,*grid])."
@@ -150,7 +150,7 @@ def restore(self: VQPrior, batch):
         told, replaced = resample(self.prior, self.hparams.codes, sequence, self.threshold, may, -torch.log(-torch.log(uniform)).to(sequence.device))
         yield self.net.decode(self.net.quantizer.embed(self.to_grid(told)), batch["image"].shape[2:]).float(), self.to_grid(replaced)
 
-# %% ../../nbs/models/358_code_prior.ipynb #c028
+# %% ../../nbs/models/358_code_prior.ipynb #c025
 @patch
 def score(self: VQPrior, batch, kind=None):
     "Map and image score of the `kind`; see the class."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DenoisingAutoencoder']
 
-# %% ../../nbs/models/362_denoising.ipynb #c002
+# %% ../../nbs/models/362_denoising.ipynb #c003
 import torch
 from fastcore.basics import patch
 
@@ -13,7 +13,7 @@ from ..core import ParameterError, choose
 from .model import AnomalyModel, Stage, scored
 from .unet import UNet
 
-# %% ../../nbs/models/362_denoising.ipynb #c008
+# %% ../../nbs/models/362_denoising.ipynb #c009
 class DenoisingAutoencoder(AnomalyModel):
     """U-Net that removes coarse noise; the score is what it removes from an image as it is (Kascenas et al., MIDL 2022). Kind: `residual`, mean over channels of |x - f(x)|.
 
@@ -33,7 +33,7 @@ class DenoisingAutoencoder(AnomalyModel):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.lr, weight_decay=self.hparams.weight_decay, amsgrad=True)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.hparams.epochs, 1))}
 
-# %% ../../nbs/models/362_denoising.ipynb #c009
+# %% ../../nbs/models/362_denoising.ipynb #c010
 @patch
 def restore(self: DenoisingAutoencoder, x):
     "f(x) [B,C,*spatial] float32 for an image that is 0 outside of the organ."

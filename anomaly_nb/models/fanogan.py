@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gradient_norms', 'Residual', 'Generator', 'Critic', 'WGAN', 'frozen', 'FAnoGAN']
 
-# %% ../../nbs/models/375_fanogan.ipynb #c002
+# %% ../../nbs/models/375_fanogan.ipynb #c003
 import math
 from contextlib import contextmanager
 
@@ -26,7 +26,7 @@ def gradient_norms(critic, x):
         slope, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     return slope.flatten(1).norm(dim=1)
 
-# %% ../../nbs/models/375_fanogan.ipynb #c013
+# %% ../../nbs/models/375_fanogan.ipynb #c011
 class Residual(nn.Module):
     "Two convolutions beside a 1-convolution; each side is halved, or doubled (`up`, which also normalises in groups of channels)."
     def __init__(self, before, width, spatial_dims=2, up=False):
@@ -38,7 +38,7 @@ class Residual(nn.Module):
 
     def forward(self, x): return self.bent(x) + (F.interpolate(self.straight(x), scale_factor=2) if self.up else self.straight(self.mean(x, 2)))
 
-# %% ../../nbs/models/375_fanogan.ipynb #c014
+# %% ../../nbs/models/375_fanogan.ipynb #c012
 class Generator(nn.Module):
     "Noise [B,latent] to images [B,C,*shape]. Errors: `ParameterError` without a shape."
     def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=64):
@@ -51,7 +51,7 @@ class Generator(nn.Module):
 
     def forward(self, z): return crop_to(self.net(z), self.shape)
 
-# %% ../../nbs/models/375_fanogan.ipynb #c015
+# %% ../../nbs/models/375_fanogan.ipynb #c013
 class Critic(nn.Module):
     "Images [B,C,*shape] to one number each [B]; `features` are the activations before the last layer [B,widths[-1],*grid], a cell for `multiple` voxels an axis."
     def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64)):
@@ -64,7 +64,7 @@ class Critic(nn.Module):
 
     def forward(self, x): return self.head(self.features(x).flatten(1))[:, 0]
 
-# %% ../../nbs/models/375_fanogan.ipynb #c021
+# %% ../../nbs/models/375_fanogan.ipynb #c018
 class WGAN(Part):
     "Generator against critic with gradient penalty (Gulrajani et al. 2017). `loss` is the critic's without the penalty: minus its estimate of the Wasserstein distance. Errors: `ParameterError` naming the step when the training diverges."
     def __init__(self, generator, critic, latent, critic_steps, penalty, limit, lr):
@@ -86,7 +86,7 @@ class WGAN(Part):
         if number % self.hparams.critic_steps == 0: self.teach_generator(len(batch["image"]))
         return {"loss": loss.detach()}
 
-# %% ../../nbs/models/375_fanogan.ipynb #c022
+# %% ../../nbs/models/375_fanogan.ipynb #c019
 @patch
 def teach_critic(self: WGAN, x, number):
     "One step of the critic on the real images `x`; its loss. `number`: of the step, for an error."
@@ -110,7 +110,7 @@ def teach_generator(self: WGAN, count):
     self.manual_backward(loss)
     optimizer.step()
 
-# %% ../../nbs/models/375_fanogan.ipynb #c023
+# %% ../../nbs/models/375_fanogan.ipynb #c020
 @contextmanager
 def frozen(module):
     "The weights of `module` take no gradient while a graph is built in here (slopes still pass through it)."
@@ -129,7 +129,7 @@ def watch(self: WGAN, number, loss, slopes, x, fake):
     raise ParameterError(f"FAnoGAN, stage 'gan', epoch {self.current_epoch}, step {number}", f"the training diverges: critic's loss {loss.item():.3g}, its steepest slope {steep:.3g}, drawings {large:.3g} times as large as images",
                          f"slopes near 1: try a smaller gan_lr than {h.lr:g}, or a larger penalty than {h.penalty:g}")
 
-# %% ../../nbs/models/375_fanogan.ipynb #c026
+# %% ../../nbs/models/375_fanogan.ipynb #c023
 class FAnoGAN(AnomalyModel):
     """f-AnoGAN (Schlegl et al., MedIA 54:30-44, 2019): WGAN-GP, then an encoder (izi_f). Kinds: `residual` |x - G(E(x))|, mean over channels, its mean the score; `combined`, squared differences of image and critic's features, score A(x).
 
@@ -150,7 +150,7 @@ class FAnoGAN(AnomalyModel):
 
     def embed(self, batch): return {"embedding": self.encoder(batch["image"] * batch["foreground"])}
 
-# %% ../../nbs/models/375_fanogan.ipynb #c027
+# %% ../../nbs/models/375_fanogan.ipynb #c024
 @patch
 def reconstruct(self: FAnoGAN, batch):
     "G(E(x)) in the foreground [B,C,*spatial] float32."
@@ -173,7 +173,7 @@ def loss(self: FAnoGAN, batch):
     with frozen(self.gan): near, alike, *_ = self.parts(batch)
     return (near + self.hparams.kappa * alike).mean()
 
-# %% ../../nbs/models/375_fanogan.ipynb #c028
+# %% ../../nbs/models/375_fanogan.ipynb #c025
 @patch
 def score(self: FAnoGAN, batch, kind=None):
     kind, foreground = self.kind_of(kind), batch["foreground"]

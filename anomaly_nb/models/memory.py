@@ -27,12 +27,12 @@ def address_entropy(w, eps=1e-12):
 
 # %% ../../nbs/models/352_memory.ipynb #c009
 class Memory(nn.Module):
-    "`items` vectors of `features` numbers, the rows of `weight`. `forward(z)`: codes [B,features] or [B,features,*grid] to (answers of that shape, addresses [B,N] or [B,*grid,N]), in float32."
-    def __init__(self, items=50, features=64, threshold=0.0):
+    "`slots` items of `features` numbers, the rows of `weight`. `forward(z)`: codes [B,features] or [B,features,*grid] to (answers of that shape, addresses [B,N] or [B,*grid,N]), in float32."
+    def __init__(self, slots=50, features=64, threshold=0.0):
         super().__init__()
-        if items < 1: raise ParameterError("Memory: items", f"is {items}", "at least one")
-        if not 0 <= threshold < 1: raise ParameterError("Memory: threshold", f"is {threshold}", f"a share from 0 to below 1; the paper: 1/N to 3/N, here {1 / items:.3g} to {3 / items:.3g}")
-        self.weight, self.threshold = nn.Parameter(torch.empty(items, features).uniform_(-1, 1) / features**0.5), threshold
+        if slots < 1: raise ParameterError("Memory: slots", f"is {slots}", "at least one")
+        if not 0 <= threshold < 1: raise ParameterError("Memory: threshold", f"is {threshold}", f"a share from 0 to below 1; the paper: 1/N to 3/N, here {1 / slots:.3g} to {3 / slots:.3g}")
+        self.weight, self.threshold = nn.Parameter(torch.empty(slots, features).uniform_(-1, 1) / features**0.5), threshold
 
     def address(self, queries):
         "Shrunk softmax of the dot products of queries [...,features] with all items: [...,N]."
@@ -47,15 +47,15 @@ class Memory(nn.Module):
 class MemAE(AnomalyModel):
     """Autoencoder whose decoder sees only mixtures of memory items (Gong et al., ICCV 2019). Kind: `residual`, mean over channels of |x - x_hat|.
 
-    `items` N, `threshold` lambda of the hard shrinkage, `entropy` its weight alpha. The code is one query (`dense`), or each cell of the coarse grid is one. The paper (video): a grid, 2000 items, 0.0025, 2e-4, Adam 1e-4.
-    In DDAD (X-rays): dense=True, latent=16, items=25, threshold=0. Errors: `ParameterError`."""
+    `slots` N, the number of items, `threshold` lambda of the hard shrinkage, `entropy` its weight alpha. The code is one query (`dense`), or each cell of the coarse grid is one. The paper (video): a grid, 2000 items, 0.0025, 2e-4, Adam 1e-4.
+    In DDAD (X-rays): dense=True, latent=16, slots=25, threshold=0. Errors: `ParameterError`."""
     kinds = ("residual",)
 
-    def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=16, dense=False, items=100, threshold=0.03, entropy=2e-4, lr=2e-3, weight_decay=0.0, epochs=30):
+    def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=16, dense=False, slots=100, threshold=0.03, entropy=2e-4, lr=2e-3, weight_decay=0.0, epochs=30):
         super().__init__(channels, spatial_dims, shape, lr, epochs)
         if entropy < 0: raise ParameterError("MemAE: entropy", f"is {entropy}", "a weight of at least 0")
         self.encoder = ConvEncoder(channels, spatial_dims, shape, widths, latent, dense)
-        self.memory = Memory(items, latent, threshold)
+        self.memory = Memory(slots, latent, threshold)
         self.decoder = ConvDecoder(channels, spatial_dims, shape, widths, latent, dense)
 
     def forward(self, x):

@@ -32,6 +32,7 @@ def each(values, x):
     "One value an image [B], shaped to meet x [B,C,*spatial]."
     return values.view(-1, *[1] * (x.ndim - 1))
 
+# %% ../../nbs/models/385_simclr.ipynb #c015
 def random_crop(x, smallest=0.6, generator=None):
     "A box of x [B,C,*spatial] somewhere inside, its sides the share U(smallest, 1) of the image's, stretched to full size (linear)."
     dims, make = x.ndim - 2, dict(device=x.device, generator=generator)
@@ -40,6 +41,7 @@ def random_crop(x, smallest=0.6, generator=None):
     theta = torch.cat([torch.diag_embed(side[:, None].expand(-1, dims)), centre[..., None]], dim=2)    # [B,dims,dims+1]
     return F.grid_sample(x, F.affine_grid(theta.to(x.dtype), list(x.shape), align_corners=False), align_corners=False)
 
+# %% ../../nbs/models/385_simclr.ipynb #c016
 def random_mirror(x, generator=None):
     "x [B,C,*spatial] mirrored along each spatial axis with probability 1/2."
     for axis in range(2, x.ndim):
@@ -47,13 +49,13 @@ def random_mirror(x, generator=None):
         x = torch.where(each(coin, x), x.flip(axis), x)
     return x
 
-# %% ../../nbs/models/385_simclr.ipynb #c015
+# %% ../../nbs/models/385_simclr.ipynb #c017
 def random_noise(x, inside, largest=0.3, generator=None):
     "x [B,C,*spatial] plus Gaussian noise in the organ `inside` [B,1,*spatial]; its standard deviation is U(0, largest), one an image."
     sigma = largest * torch.rand(len(x), device=x.device, generator=generator)
     return x + each(sigma, x) * torch.randn(x.shape, device=x.device, generator=generator) * inside
 
-# %% ../../nbs/models/385_simclr.ipynb #c016
+# %% ../../nbs/models/385_simclr.ipynb #c018
 def random_masks(x, inside, most=2, largest=0.5, generator=None):
     "0 to `most` boxes an image, of one side U(0, largest) of the image's, filled with a value between the image's extremes, in the organ only (context encoding, Zimmerer et al. 2018)."
     make, axes = dict(device=x.device, generator=generator), range(2, x.ndim)
@@ -69,7 +71,7 @@ def random_masks(x, inside, most=2, largest=0.5, generator=None):
         x = torch.where(hit, each(low + (high - low) * torch.rand(len(x), **make), x), x)
     return x
 
-# %% ../../nbs/models/385_simclr.ipynb #c017
+# %% ../../nbs/models/385_simclr.ipynb #c019
 def draw_view(image, foreground, crop=0.6, mirror=True, noise=0.3, masks=2, generator=None):
     "One random view [B,C,*spatial] of image * foreground: crop, mirror, noise, masks. `crop=1`, `mirror=False`, `noise=0`, `masks=0` switch them off. Zero outside the organ."
     inside = foreground.to(image.dtype)
@@ -81,7 +83,7 @@ def draw_view(image, foreground, crop=0.6, mirror=True, noise=0.3, masks=2, gene
     if noise: x = random_noise(x, inside, noise, generator)
     return random_masks(x, inside, masks, generator=generator) if masks else x
 
-# %% ../../nbs/models/385_simclr.ipynb #c024
+# %% ../../nbs/models/385_simclr.ipynb #c026
 class SimCLRNet(nn.Module):
     "Encoder f: image -> h [B,latent], and projection head g: h -> z [B,projection]. `dense`: one linear layer over the whole last grid (knows places, needs `shape`); else the mean over its cells."
     def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=64, projection=64, dense=True):
@@ -95,13 +97,13 @@ class SimCLRNet(nn.Module):
 
     def forward(self, x): return self.head(self.encode(x))
 
-# %% ../../nbs/models/385_simclr.ipynb #c025
+# %% ../../nbs/models/385_simclr.ipynb #c027
 def warm_cosine(epoch, epochs, warmup):
     "Factor of the learning rate: linear over `warmup` epochs, then half a cosine to (nearly) zero at `epochs`."
     if epoch < warmup: return (epoch + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * min((epoch - warmup) / max(epochs - warmup, 1), 1)))
 
-# %% ../../nbs/models/385_simclr.ipynb #c026
+# %% ../../nbs/models/385_simclr.ipynb #c028
 class SimCLR(Part):
     """Contrastive training of a `SimCLRNet` (Chen et al. 2020): NT-Xent of two random views; a stage of a method, not yet a method.
 

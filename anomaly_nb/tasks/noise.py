@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stretch', 'value_range', 'CoarseNoise']
 
-# %% ../../nbs/tasks/280_noise.ipynb #c002
+# %% ../../nbs/tasks/280_noise.ipynb #c003
 import dataclasses
 import math
 
@@ -15,7 +15,7 @@ from ..core import ParameterError
 from .labels import flipped_gaussian
 from .task import Task, untouched
 
-# %% ../../nbs/tasks/280_noise.ipynb #c005
+# %% ../../nbs/tasks/280_noise.ipynb #c006
 def stretch(grid, spatial):
     "Grid [C,*cells] interpolated linearly to [C,*spatial]; the first and last values lie on the first and last voxels."
     out = np.asarray(grid)
@@ -26,13 +26,13 @@ def stretch(grid, spatial):
         out = np.moveaxis(np.tensordot(W, out, (1, axis)), 0, axis)
     return out
 
-# %% ../../nbs/tasks/280_noise.ipynb #c012
+# %% ../../nbs/tasks/280_noise.ipynb #c013
 def value_range(image, foreground, low=0.01, high=0.99):
     "Distance between two quantiles of each channel of image [C,*spatial] in foreground [*spatial]: [C]; zeros for an empty foreground."
     if not foreground.any(): return np.zeros(len(image))
     return np.diff(np.quantile(image[:, foreground], (low, high), axis=1), axis=0)[0]
 
-# %% ../../nbs/tasks/280_noise.ipynb #c013
+# %% ../../nbs/tasks/280_noise.ipynb #c014
 @dataclasses.dataclass
 class CoarseNoise(Task):
     "Gaussian noise of a coarse grid, stretched to the image, rolled, added in the organ. `clean` is what to restore. Source: denoising autoencoder (Kascenas et al., MIDL 2022)."

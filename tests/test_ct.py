@@ -20,6 +20,8 @@ from anomaly_nb.data.jobs import build_jobs
 from anomaly_nb.data.records import Record, load_record, read_volume
 from anomaly_nb.data.sets import SliceSet, VolumeSet
 from anomaly_nb.data.transforms import Window, apply_transforms, wanted_transforms, zscore
+from anomaly_nb.metrics.detection import auroc
+from anomaly_nb.metrics.uncertainty import bootstrap_images, interval
 
 MAKE = "import sys; from anomaly_nb.data.ct import Job, Subject, make_head; [make_head(Job(sys.argv[1], Subject(f'n{i}', 'val', 'AB'[i]), 4.0)) for i in (0, 1)]"
 
@@ -147,6 +149,41 @@ def test_contrast_zero_is_the_twin_to_the_bit(pair, family):
     ill, twin = pair(family, 0.0, site="B")
     assert all(np.array_equal(ill[k], twin[k]) for k in ("ct", "head", "brain"))
     assert family == "atrophy" or ill["mask"].any()
+
+
+@pytest.fixture(scope="module")
+def controls():
+    "Every head of `tiny` with the ill at contrast 0: (labels, HU volumes, head masks). In the shared folder, as the notebooks have it: made once."
+    records = [r for rs in ct_records("tiny", lesion_contrast=0, processes=1).values() for r in rs]
+    return np.array([r.label for r in records]), [read_volume(r.images[0])[0].astype(float) for r in records], [read_volume(r.foreground)[0] > 0 for r in records]
+
+
+def told_apart(labels, volumes, heads):
+    "`Interval` of the AUROC, ill against healthy, of simple statistics of a head: mean, variance, sharpness (noise between neighbours over noise two apart) and distance of its histogram to the mean histogram of all."
+    found = {"mean": [], "variance": [], "sharpness": []}
+    bins, shares = np.r_[-1000, -100, 0:100:5, 100:1501:200], []
+    for hu, inside in zip(volumes, heads):
+        v, soft = hu[inside], inside & (hu > 10) & (hu < 55)
+        near, far = ((hu[..., k:] - hu[..., :-k])[soft[..., k:] & soft[..., :-k]].var() for k in (1, 2))
+        for name, value in zip(found, (v.mean(), v.var(), near/far)): found[name].append(value)
+        shares.append(np.sqrt(np.histogram(v.clip(-1000, 1500), bins)[0]/v.size))
+    found["histogram"] = ((np.array(shares) - np.mean(shares, 0))**2).sum(1)
+    return {name: interval(auroc(labels, np.array(x)), bootstrap_images(labels, np.array(x), statistics=("auroc",))["auroc"], len(labels)) for name, x in found.items()}
+
+
+def test_without_contrast_nothing_simple_tells_the_ill_from_other_heads(controls):
+    "The negative control between people; `contrast_zero_is_the_twin` is the one within a person."
+    labels, volumes, heads = controls
+    assert [int((labels == k).sum()) for k in (0, 1)] == [26, 12]
+    for name, i in told_apart(labels, volumes, heads).items(): assert i.low < .5 < i.high, f"{name}: {i}"
+
+
+@pytest.mark.parametrize("name,leak", [("sharpness", lambda hu: (hu + np.roll(hu, 1, 2))/2), ("histogram", lambda hu: hu + 3)])
+def test_the_control_would_find_a_leak(controls, name, leak):
+    "Ill heads resampled once more, or 3 HU brighter: the control fails, as it should."
+    labels, volumes, heads = controls
+    i = told_apart(labels, [leak(hu) if ill else hu for ill, hu in zip(labels, volumes)], heads)[name]
+    assert not i.low <= .5 <= i.high, f"{name}: {i}"
 
 
 @pytest.mark.parametrize("family,sign", [("haemorrhage", 1), ("ischaemia", -1), ("cavernoma", 1), ("atrophy", -1)])

@@ -1,4 +1,5 @@
 """Coarse noise, the denoising autoencoder and post-processing: second implementations of what they are made of, odd sizes, bad input."""
+import json
 import numpy as np
 import pytest
 import torch
@@ -233,3 +234,26 @@ def test_empty_foreground_and_constant_images_give_finite_numbers():
         assert float(model.loss(nothing)) == 0 and not model.score(nothing)["anomaly_map"].any()
         flat = model.score(batch | {"image": torch.full_like(batch["image"], 2.0)})
     assert flat["anomaly_map"].isfinite().all() and flat["anomaly_score"].isfinite().all()
+
+
+def test_a_folder_of_maps_is_processed_once_more(tmp_path):
+    """A folder that `predict` filled: the same maps as one by one, scores of slices that make up their volume's, a second call in place of the first."""
+    from anomaly_nb.experiment import load_records, make_data, make_model
+    from anomaly_nb.methods.postprocess import postprocess_folder
+    from anomaly_nb.models.fit import predict
+    records = load_records("brain", "tiny", "FLAIR")
+    data = make_data({pool: items[:2] for pool, items in records.items()}, batch_size=64)
+    predict(make_model("random", data), data.loader("test"), tmp_path)
+    slices = data.pools["test"].dataset if hasattr(data.pools["test"], "dataset") else data.pools["test"]
+    rows = {(r["id"], r["kind"]): r for r in postprocess_folder(tmp_path, slices, "erode=1 smooth=1")}
+    assert {kind for _, kind in rows} == {"random", "random-post"} and len(rows) == 4
+    pieces = [p for p in json.loads((tmp_path / "pieces.json").read_text()) if p["kind"] == "random-post"]
+    assert len(pieces) == len(slices)
+    volume = slices.volumes[0]
+    inside, row = volume["foreground"][0], rows[volume["id"], "random-post"]
+    direct = postprocess(np.load(rows[volume["id"], "random"]["map"])[0], inside, "erode=1 smooth=1")
+    assert np.array_equal(np.load(row["map"])[0], direct) and row["score"] == pytest.approx(direct[inside].mean(), rel=1e-5)
+    own = [slices[i] for i in range(len(slices)) if slices[i]["meta"]["volume"] == volume["id"]]
+    mean = {p["id"]: p["score"] for p in pieces}
+    assert sum(mean[s["id"]] * s["foreground"].sum() for s in own) == pytest.approx(direct[inside].sum(), rel=1e-4)
+    assert len(postprocess_folder(tmp_path, slices, "erode=1")) == 4

@@ -47,6 +47,7 @@ def rotation(turn, roll, tilt):
     (ca, cb, cc), (sa, sb, sc) = np.cos([turn, roll, tilt]), np.sin([turn, roll, tilt])
     return np.array([[1, 0, 0], [0, ca, -sa], [0, sa, ca]]) @ np.array([[cb, 0, sb], [0, 1, 0], [-sb, 0, cb]]) @ np.array([[cc, -sc, 0], [sc, cc, 0], [0, 0, 1]])
 
+# %% ../../nbs/data/134_head.ipynb #c013
 def in_template(person, to_template, x):
     "Template position [3, ...] mm of subject positions x [3, ...] mm: `to_template` [3, 40, 48, 40] in the brain's box, continued by the person's scale beyond it."
     edge = [(b - 4)/2 for b in BOX]
@@ -54,13 +55,13 @@ def in_template(person, to_template, x):
     scale = np.array(person["scale"], np.float32).reshape(3, *[1]*(x.ndim - 1))
     return read_at(to_template, inner, 4.0) + (x - inner)/scale
 
-# %% ../../nbs/data/134_head.ipynb #c014
+# %% ../../nbs/data/134_head.ipynb #c016
 def share(d, low, high, spacing):
     "Share in [0, 1] of a voxel at distance d (mm) that lies between the surfaces `low` and `high` (mm)."
     def below(edge): return np.clip((edge - d)/np.float32(spacing) + np.float32(.5), 0, 1)
     return below(high) - below(low)
 
-# %% ../../nbs/data/134_head.ipynb #c017
+# %% ../../nbs/data/134_head.ipynb #c019
 HU = {"csf": 8.0, "grey": 38.0, "white": 29.0, "table": 1350.0, "marrow": 550.0, "muscle": 50.0, "fat": -80.0, "skin": 40.0, "air": -1000.0}
 
 def draw_head(rng, site, age):
@@ -74,7 +75,7 @@ def draw_head(rng, site, age):
             "cup": float(rng.uniform(2, 6) if b else rng.uniform(0, 1.5)), "bar": float(rng.uniform(4, 10) if b else rng.uniform(0, 3)),
             "calcified": [bool(v) for v in rng.random(2) < .25 + .5*old]}
 
-# %% ../../nbs/data/134_head.ipynb #c019
+# %% ../../nbs/data/134_head.ipynb #c022
 FEATURES = (  # name, HU, MNI (right, front, up) mm, radii mm, on both sides, where
     ("orbit", -80, (29, 50, -36), (17, 22, 16), True, "face"), ("eye", 12, (32, 60, -37), (12, 12, 12), True, "face"),
     ("ethmoid", -900, (6, 54, -38), (8, 18, 13), True, "face"), ("sphenoid", -900, (7, 22, -38), (8, 11, 9), True, "face"),
@@ -87,7 +88,7 @@ def feature_share(y, centre, radii, spacing, jitter=0.0):
     q = np.sqrt(((y[0] + CENTRE[0] - up)/rz)**2 + ((CENTRE[1] - y[1] - front)/ry)**2 + ((CENTRE[2] - y[2] - right)/rx)**2)
     return np.clip((1 + jitter - q)*min(radii)/spacing + .5, 0, 1)
 
-# %% ../../nbs/data/134_head.ipynb #c020
+# %% ../../nbs/data/134_head.ipynb #c023
 def wrap(y, scan, size, spacing, fields):
     "HU [D, H, W] of everything round the brain, the share of the head in each voxel, and mm to the brain; at template positions y (of one in `size` mm); `fields` [2, D, H, W] of unit variance vary thickness and sinuses."
     d, outer = (size*read_at(m, y, 2.0) for m in head_maps().values())
@@ -106,14 +107,14 @@ def wrap(y, scan, size, spacing, fields):
     fluid = share(d, -999, gap, spacing)
     return (1 - fluid)*hu + fluid*HU["csf"], share(under_skin, 0, 999, spacing), d
 
-# %% ../../nbs/data/134_head.ipynb #c022
+# %% ../../nbs/data/134_head.ipynb #c025
 def grain(rng, shape):
-    "[K, H, W] float32 noise of unit variance with the in-plane spectrum |f| cos(pi f/2 f_N) of filtered back-projection."
+    "[K, H, W] float32 noise of unit variance with in-plane amplitude |f| cos(pi f/2 f_N), 0 above f_N: the filter of a back-projection (a scanner's noise: sqrt|f|)."
     f = np.sqrt(fft.fftfreq(shape[1])[:, None]**2 + fft.rfftfreq(shape[2])[None]**2).astype(np.float32)
     n = fft.irfft2(fft.rfft2(rng.standard_normal(shape, dtype=np.float32))*f*np.cos(np.pi/2*np.minimum(2*f, 1)), s=shape[1:])
     return (n/n.std()).astype(np.float32)
 
-# %% ../../nbs/data/134_head.ipynb #c025
+# %% ../../nbs/data/134_head.ipynb #c028
 def form_head(tissues, outline, person, to_template, scan, rng, spacing, weight=None, values=None, mask=None):
     """One CT: dict of `ct` [D, H, W] int16 HU, `head`, `brain` and (with `mask`) `mask` bool.
 
@@ -138,7 +139,7 @@ def form_head(tissues, outline, person, to_template, scan, rng, spacing, weight=
     made = {"ct": np.rint(np.clip(hu, -1024, 3071)).astype(np.int16), "head": (head > .5) & scanned[:, None, None], "brain": (inside > .5) & scanned[:, None, None]}
     return made | ({"mask": _moved_mask(mask, x, spacing) & made["brain"]} if mask is not None else {})
 
-# %% ../../nbs/data/134_head.ipynb #c026
+# %% ../../nbs/data/134_head.ipynb #c029
 def _inside(volume, x, spacing):
     "`volume` [...] of the brain's grid at positions x [3, ...] mm: linear, 0 outside the grid."
     index = [x[i]/spacing + (n - 1)/2 for i, n in enumerate(volume.shape)]
@@ -149,6 +150,7 @@ def _moved_mask(mask, x, spacing):
     w = _inside(mask, x, spacing)
     return (w > 0) & (w >= min(.5, float(w.max())))
 
+# %% ../../nbs/data/134_head.ipynb #c030
 def finish_head(hu, d, y, inside, scan, spacing):
     "HU with calcifications and beam hardening: a bright rim under the skull, a dark bar between the petrous bones."
     for _, value, centre, radii, both, where in FEATURES:

@@ -25,7 +25,7 @@ def discrepancies(a, b, variance=None):
     return (inter / scale).mean(1, keepdim=True), (intra / scale).mean(1, keepdim=True)
 
 # %% ../../nbs/methods/655_ddad.ipynb #c012
-BASES = {"ae": (AutoencoderModel, {}), "uncertain": (UncertainAutoencoder, {}), "memory": (MemAE, dict(dense=True, items=25, threshold=0.0))}
+BASES = {"ae": (AutoencoderModel, {}), "uncertain": (UncertainAutoencoder, {}), "memory": (MemAE, dict(dense=True, slots=25, threshold=0.0))}
 
 class DDAD(AnomalyModel):
     """Dual-distribution discrepancy (Cai et al., MICCAI 2022). Kinds: `inter`, between networks that saw the unlabelled images too and those that did not; `intra`, between the latter. Score: the map's mean.

@@ -109,12 +109,12 @@ def wrap(y, scan, size, spacing, fields):
 
 # %% ../../nbs/data/134_head.ipynb #c025
 def grain(rng, shape):
-    "[K, H, W] float32 noise of unit variance with in-plane amplitude |f| cos(pi f/2 f_N), 0 above f_N: the filter of a back-projection (a scanner's noise: sqrt|f|)."
+    "[K, H, W] float32 noise of unit variance with in-plane amplitude sqrt|f| cos(pi f/2 f_N), 0 above f_N: filtered back-projection with a smooth kernel."
     f = np.sqrt(fft.fftfreq(shape[1])[:, None]**2 + fft.rfftfreq(shape[2])[None]**2).astype(np.float32)
-    n = fft.irfft2(fft.rfft2(rng.standard_normal(shape, dtype=np.float32))*f*np.cos(np.pi/2*np.minimum(2*f, 1)), s=shape[1:])
+    n = fft.irfft2(fft.rfft2(rng.standard_normal(shape, dtype=np.float32))*np.sqrt(f)*np.cos(np.pi/2*np.minimum(2*f, 1)), s=shape[1:])
     return (n/n.std()).astype(np.float32)
 
-# %% ../../nbs/data/134_head.ipynb #c028
+# %% ../../nbs/data/134_head.ipynb #c029
 def form_head(tissues, outline, person, to_template, scan, rng, spacing, weight=None, values=None, mask=None):
     """One CT: dict of `ct` [D, H, W] int16 HU, `head`, `brain` and (with `mask`) `mask` bool.
 
@@ -139,7 +139,7 @@ def form_head(tissues, outline, person, to_template, scan, rng, spacing, weight=
     made = {"ct": np.rint(np.clip(hu, -1024, 3071)).astype(np.int16), "head": (head > .5) & scanned[:, None, None], "brain": (inside > .5) & scanned[:, None, None]}
     return made | ({"mask": _moved_mask(mask, x, spacing) & made["brain"]} if mask is not None else {})
 
-# %% ../../nbs/data/134_head.ipynb #c029
+# %% ../../nbs/data/134_head.ipynb #c030
 def _inside(volume, x, spacing):
     "`volume` [...] of the brain's grid at positions x [3, ...] mm: linear, 0 outside the grid."
     index = [x[i]/spacing + (n - 1)/2 for i, n in enumerate(volume.shape)]
@@ -150,7 +150,7 @@ def _moved_mask(mask, x, spacing):
     w = _inside(mask, x, spacing)
     return (w > 0) & (w >= min(.5, float(w.max())))
 
-# %% ../../nbs/data/134_head.ipynb #c030
+# %% ../../nbs/data/134_head.ipynb #c031
 def finish_head(hu, d, y, inside, scan, spacing):
     "HU with calcifications and beam hardening: a bright rim under the skull, a dark bar between the petrous bones."
     for _, value, centre, radii, both, where in FEATURES:

@@ -41,7 +41,7 @@ class GMVAE(VAERestoration):
     Kinds: `residual` |x - x_hat|; `elbo_gradient`, the smoothed |d(-ELBO)/dx|, its image score -ELBO per foreground voxel; `restoration`, |x - x*| after `steps` of gradient descent (`models.restoration`)."""
     kinds = ("residual", "elbo_gradient", "restoration")
 
-    def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=64, components=6, beta=1.0, smooth_sigma=1.0, step=0.1, steps=20, weight=0.25, criterion="l2", lr=2e-3,
+    def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), latent=64, components=6, beta=1.0, smooth_sigma=1.0, step=None, steps=20, weight=0.25, criterion="l2", lr=2e-3,
                  weight_decay=0.0, epochs=30):
         if components < 1: raise ParameterError("GMVAE: components", f"is {components}", "at least 1")
         super().__init__(channels, spatial_dims, shape, widths, latent, beta, smooth_sigma, step, steps, weight, criterion, lr, weight_decay, epochs)

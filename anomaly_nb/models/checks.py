@@ -69,14 +69,14 @@ class _Fixed(pl.Callback):
         if loss is not None: self.losses.append(float(loss))
 
 # %% ../../nbs/models/315_checks.ipynb #c013
-def check_loss_falls(model, batch, steps=30, share=0.1, seed=0):
+def check_loss_falls(model, batch, steps=30, share=0.1, seed=0, accelerator="cpu"):
     "Each stage on one `batch` (or {pool: batch}): the loss falls by `share` within `steps`; adversarial stages are finite and all parts get gradients. {stage: (first, lowest)}."
     report, who, reached = {}, type(model).__name__, set()
     for stage in model.stages():
         one = batch[stage.pool] if "image" not in batch else batch
         repeated, watch = _Repeated(one, steps, keep=("label",) if stage.pool == "weak" else ()), _Fixed(seed, reached)
         stage.module.train()
-        trainer_of("cpu", "32-true", max_epochs=1, limit_val_batches=0, callbacks=[watch]).fit(stage.module, repeated, repeated)   # none of the second is read
+        trainer_of(accelerator, "32-true", max_epochs=1, limit_val_batches=0, callbacks=[watch]).fit(stage.module, repeated, repeated)   # none of the second is read
         assert np.isfinite(watch.losses).all(), f"{who}, stage {stage.name!r}: the loss is not finite"
         report[stage.name] = (watch.losses[0], min(watch.losses)) if watch.losses else None
         if stage.module.automatic_optimization:

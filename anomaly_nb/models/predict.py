@@ -91,7 +91,7 @@ class _Embeddings:
         self.aside = self.folder/".part-embeddings.npy"
         if self.array is None:
             self.array = np.lib.format.open_memmap(self.aside, mode="w+", dtype=np.float32, shape=(self.count, *values.shape[1:]))
-            self.grid = {k: [float(v) for v in answer[k]] for k in ("grid_origin", "grid_stride") if k in answer} | {"shape": list(foreground.shape[2:])}
+            self.grid = {k: [int(v) if v == int(v) else float(v) for v in answer[k]] for k in ("grid_origin", "grid_stride") if k in answer} | {"shape": list(foreground.shape[2:])}
         self.array[len(self.index):len(self.index) + len(values)] = values
         self.affines |= {p["meta"].get("volume", p["id"]): p["meta"]["affine"] for p in pieces if "affine" in p["meta"]}
         if "grid_stride" in self.grid: self.cells.append(cells_in(foreground.cpu(), self.grid["grid_origin"], self.grid["grid_stride"], values.shape[2:]).numpy())

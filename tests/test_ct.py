@@ -159,13 +159,13 @@ def controls():
 
 
 def told_apart(labels, volumes, heads):
-    "`Interval` of the AUROC, ill against healthy, of simple statistics of a head: mean, variance, sharpness (noise between neighbours over noise two apart) and distance of its histogram to the mean histogram of all."
-    found = {"mean": [], "variance": [], "sharpness": []}
+    "`Interval` of the AUROC, ill against healthy, of simple statistics of a head: mean, variance, grain (variance of differences between neighbours in soft tissue) and distance of its histogram to the mean histogram of all."
+    found = {"mean": [], "variance": [], "grain": []}
     bins, shares = np.r_[-1000, -100, 0:100:5, 100:1501:200], []
     for hu, inside in zip(volumes, heads):
         v, soft = hu[inside], inside & (hu > 10) & (hu < 55)
-        near, far = ((hu[..., k:] - hu[..., :-k])[soft[..., k:] & soft[..., :-k]].var() for k in (1, 2))
-        for name, value in zip(found, (v.mean(), v.var(), near/far)): found[name].append(value)
+        near = (hu[..., 1:] - hu[..., :-1])[soft[..., 1:] & soft[..., :-1]].var()
+        for name, value in zip(found, (v.mean(), v.var(), near)): found[name].append(value)
         shares.append(np.sqrt(np.histogram(v.clip(-1000, 1500), bins)[0]/v.size))
     found["histogram"] = ((np.array(shares) - np.mean(shares, 0))**2).sum(1)
     return {name: interval(auroc(labels, np.array(x)), bootstrap_images(labels, np.array(x), statistics=("auroc",))["auroc"], len(labels)) for name, x in found.items()}
@@ -178,9 +178,9 @@ def test_without_contrast_nothing_simple_tells_the_ill_from_other_heads(controls
     for name, i in told_apart(labels, volumes, heads).items(): assert i.low < .5 < i.high, f"{name}: {i}"
 
 
-@pytest.mark.parametrize("name,leak", [("sharpness", lambda hu: (hu + np.roll(hu, 1, 2))/2), ("histogram", lambda hu: hu + 3)])
+@pytest.mark.parametrize("name,leak", [("grain", lambda hu: (hu + np.roll(hu, 1, 2))/2), ("histogram", lambda hu: hu + 3)])
 def test_the_control_would_find_a_leak(controls, name, leak):
-    "Ill heads resampled once more, or 3 HU brighter: the control fails, as it should."
+    "Ill heads resampled once more (half a voxel aside), or 3 HU brighter: the control fails, as it should."
     labels, volumes, heads = controls
     i = told_apart(labels, [leak(hu) if ill else hu for ill, hu in zip(labels, volumes)], heads)[name]
     assert not i.low <= .5 <= i.high, f"{name}: {i}"

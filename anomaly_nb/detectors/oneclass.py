@@ -37,9 +37,13 @@ class MixtureByBIC(OutlierMixin, BaseEstimator):
     def __init__(self, components=(1, 2, 4, 8), reg_covar=1e-5, covariance_type="full", random_state=0):
         self.components, self.reg_covar, self.covariance_type, self.random_state = components, reg_covar, covariance_type, random_state
 
+    def member(self, k):
+        "A mixture of `k` components, not fitted: with `fit`, `bic` and `score_samples`."
+        return GaussianMixture(k, covariance_type=self.covariance_type, reg_covar=self.reg_covar, random_state=self.random_state)
+
     def fit(self, X, y=None):
-        if max(self.components) > len(X): raise ParameterError("mixture: components", f"are {self.components} for {len(X)} vectors", "at most as many components as vectors")
-        fitted = {k: GaussianMixture(k, covariance_type=self.covariance_type, reg_covar=self.reg_covar, random_state=self.random_state).fit(X) for k in self.components}
+        if not self.components or max(self.components) > len(X): raise ParameterError("mixture: components", f"are {self.components} for {len(X)} vectors", "at least one candidate, with at most as many components as vectors")
+        fitted = {k: self.member(k).fit(X) for k in self.components}
         self.bic_ = {k: float(m.bic(X)) for k, m in fitted.items()}
         self.n_components_ = min(self.bic_, key=self.bic_.get)
         self.mixture_, self.n_features_in_ = fitted[self.n_components_], X.shape[1]

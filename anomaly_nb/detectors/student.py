@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
 from ..core import ParameterError
+from .oneclass import MixtureByBIC
 
 # %% ../../nbs/detectors/425_student.ipynb #c006
 def distance_of(X, mean, cov):
@@ -91,23 +92,12 @@ class StudentMixture(OutlierMixin, BaseEstimator):
         return float(-2 * self.score_samples(X).sum() + p * np.log(len(X)))
 
 # %% ../../nbs/detectors/425_student.ipynb #c016
-class StudentByBIC(OutlierMixin, BaseEstimator):
+class StudentByBIC(MixtureByBIC):
     "Student mixture with the number of `components` (candidates) that has the lowest BIC. Fitted: `mixture_`, `bic_` {K: value}, `n_components_`."
     def __init__(self, components=(1, 2, 4, 8), nu=None, reg_covar=1e-5, random_state=0):
         self.components, self.nu, self.reg_covar, self.random_state = components, nu, reg_covar, random_state
 
-    def fit(self, X, y=None):
-        if not self.components or max(self.components) > len(X): raise ParameterError("student: components", f"are {self.components} for {len(X)} vectors", "at least one candidate, with at most as many components as vectors")
-        fitted = {k: StudentMixture(k, self.nu, self.reg_covar, random_state=self.random_state).fit(X) for k in self.components}
-        self.bic_ = {k: m.bic(X) for k, m in fitted.items()}
-        self.n_components_ = min(self.bic_, key=self.bic_.get)
-        self.mixture_, self.n_features_in_ = fitted[self.n_components_], X.shape[1]
-        return self
-
-    def score_samples(self, X):
-        "Log-likelihood of each vector [n]."
-        check_is_fitted(self)
-        return self.mixture_.score_samples(X)
+    def member(self, k): return StudentMixture(k, self.nu, self.reg_covar, random_state=self.random_state)
 
 # %% ../../nbs/detectors/425_student.ipynb #c017
 def student(components=(1, 2, 4, 8), nu=None, reg_covar=1e-5):

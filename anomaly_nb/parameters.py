@@ -107,9 +107,9 @@ def check_parameters(notebook, given):
     named = _components(values)
     for what in ("model", "dataset", "task"):
         text = values.get("data_options" if what == "dataset" else f"{what}_options")
-        if text and what not in known: continue                      # options that the notebook itself hands to several
-        if text and what not in named: raise ParameterError(f"{what}_options", f"is {text!r}, and there is no {what}", f"a {what} that takes them, or none")
-        if text: catalog.check_options(catalog.TABLES[what][named[what]], catalog.parse_options(text, f"{what}_options"), f"{what}_options")
+        if not text or what not in known: continue                   # without such a parameter they are options that the notebook hands to several
+        if what not in named: raise ParameterError(f"{what}_options", f"is {text!r}, and there is no {what}", f"a {what} that takes them, or none")
+        catalog.check_options(catalog.TABLES[what][named[what]], catalog.parse_options(text, f"{what}_options"), f"{what}_options")
     if values.get("postprocess"):
         from anomaly_nb.methods.postprocess import read_steps              # scipy: only where it is asked for
         read_steps(values["postprocess"])

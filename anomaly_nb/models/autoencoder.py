@@ -47,7 +47,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, channels=1, spatial_dims=2, shape=None, widths=(16, 32, 64), features=64, dense=True):
         super().__init__()
         conv, norm = (nn.Conv2d, nn.BatchNorm2d) if spatial_dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
-        self.multiple, blocks, before = 2**len(widths), [], channels
+        self.multiple, self.dense, self.dims, blocks, before = 2**len(widths), dense, spatial_dims, [], channels
         for width in widths:
             blocks += [conv(before, width, 3, stride=2, padding=1, bias=False), norm(width), nn.LeakyReLU(0.1, inplace=True)]
             before = width
@@ -56,6 +56,10 @@ class ConvEncoder(nn.Module):
         self.net = channels_last(nn.Sequential(*blocks, *head), spatial_dims)
 
     def grid(self, shape): return tuple(-(-n // self.multiple) for n in shape)
+
+    def cells(self):
+        "Where the cells of a spatial code look, in voxels: strided 3-convolutions with padding 1 are centred on voxels 0, step, 2 step...; {} for a dense code."
+        return {} if self.dense else {"grid_origin": [0] * self.dims, "grid_stride": [self.multiple] * self.dims}
 
     def forward(self, x): return self.net(pad_to_multiple_of(x, self.multiple))
 
@@ -108,9 +112,4 @@ class AutoencoderModel(AnomalyModel):
         found = (image - drawn).abs() if self.kind_of(kind) == "residual" else dissimilarity(image, drawn, batch["foreground"])
         return scored(found.mean(1, keepdim=True), batch["foreground"])
 
-    def embed(self, batch): return {"embedding": self.net.encode(batch["image"] * batch["foreground"])} | self._grid(batch)
-
-    def _grid(self, batch):
-        "Where the cells of a spatial code look, in voxels: strided 3-convolutions with padding 1 are centred on voxels 0, step, 2 step..."
-        dims, step = self.hparams.spatial_dims, self.net.encoder.multiple
-        return {} if self.hparams.dense else {"grid_origin": [0] * dims, "grid_stride": [step] * dims}
+    def embed(self, batch): return {"embedding": self.net.encode(batch["image"] * batch["foreground"])} | self.net.encoder.cells()

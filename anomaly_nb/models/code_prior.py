@@ -7,7 +7,6 @@ __all__ = ['ORDERS', 'snake', 'code_order', 'unlikelihood', 'resample', 'CodePar
 
 # %% ../../nbs/models/358_code_prior.ipynb #c003
 import math
-import warnings
 
 import torch
 from fastcore.basics import patch
@@ -17,8 +16,6 @@ from ..core import ParameterError, choose
 from .model import Part, Stage, masked_mean, scored
 from .vae import smooth
 from .vqvae import VQVAE, organ_cells, to_voxels
-
-warnings.filterwarnings("ignore", message="Found .* in eval mode")       # Lightning's; the frozen half of the second training is meant to be
 
 # %% ../../nbs/models/358_code_prior.ipynb #c006
 ORDERS = ("raster", "reverse", "columns", "snake", "random")

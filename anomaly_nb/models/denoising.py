@@ -11,6 +11,7 @@ from fastcore.basics import patch
 
 from ..core import ParameterError, choose
 from .model import AnomalyModel, Stage, scored
+from .autoencoder import drawing_loss
 from .unet import UNet
 
 # %% ../../nbs/models/362_denoising.ipynb #c009
@@ -45,8 +46,7 @@ def loss(self: DenoisingAutoencoder, batch):
     "Squared error against `clean`, mean over the organ's voxels and channels. Errors: `ParameterError` for a batch without `clean`."
     if "clean" not in batch: raise ParameterError("DenoisingAutoencoder", "got images without their untouched version", "a task that spoils images and keeps `clean`: AnomalyDataModule(..., task=CoarseNoise()), or task=noise")
     inside = batch["foreground"]
-    error = (self.restore(batch["image"] * inside) - batch["clean"].float())**2 * inside
-    return error.sum() / (inside.sum() * error.shape[1]).clamp_min(1)
+    return drawing_loss(batch["clean"], self.restore(batch["image"] * inside), inside)
 
 @patch
 def score(self: DenoisingAutoencoder, batch, kind=None):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core import ParameterError
-from .autoencoder import ConvDecoder, ConvEncoder
+from .autoencoder import ConvDecoder, ConvEncoder, drawing_loss
 from .model import AnomalyModel, scored
 
 # %% ../../nbs/models/352_memory.ipynb #c006
@@ -67,8 +67,7 @@ class MemAE(AnomalyModel):
 
     def loss(self, batch):
         drawn, w = self(batch["image"] * batch["foreground"])
-        error = torch.where(batch["foreground"], (batch["image"] - drawn)**2, 0.0)
-        return error.sum() / (batch["foreground"].sum() * error.shape[1]).clamp_min(1) + self.hparams.entropy * address_entropy(w).mean()
+        return drawing_loss(batch["image"], drawn, batch["foreground"]) + self.hparams.entropy * address_entropy(w).mean()
 
     def score(self, batch, kind=None):
         self.kind_of(kind)
@@ -76,6 +75,4 @@ class MemAE(AnomalyModel):
 
     def embed(self, batch):
         "The codes before the memory, [B,latent] or on the coarse grid."
-        dims, step = self.hparams.spatial_dims, self.encoder.multiple
-        where = {} if self.hparams.dense else {"grid_origin": [0] * dims, "grid_stride": [step] * dims}
-        return {"embedding": self.encoder(batch["image"] * batch["foreground"])} | where
+        return {"embedding": self.encoder(batch["image"] * batch["foreground"])} | self.encoder.cells()

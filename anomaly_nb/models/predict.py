@@ -24,6 +24,7 @@ from .model import Part, without_truth
 for _name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"): logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck.*", category=PossibleUserWarning)
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)   # Lightning 2.6 on torch 2.13, its own affair
+warnings.filterwarnings("ignore", message="Found .* in eval mode")       # a frozen part beside the one that is trained is meant to be
 
 def trainer_of(accelerator=None, precision=None, **more):
     "The one factory of `Trainer`s: device and precision from `settings()` unless given; no logger, bar, tips, sanity run or inference mode. `more` goes to Lightning."

@@ -70,6 +70,4 @@ class UncertainAutoencoder(AnomalyModel):
         return scored(found.mean(1, keepdim=True), batch["foreground"])
 
     def embed(self, batch):
-        dims, step = self.hparams.spatial_dims, self.net.encoder.multiple
-        where = {} if self.hparams.dense else {"grid_origin": [0] * dims, "grid_stride": [step] * dims}
-        return {"embedding": self.net.encode(batch["image"] * batch["foreground"])} | where
+        return {"embedding": self.net.encode(batch["image"] * batch["foreground"])} | self.net.encoder.cells()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import choose
-from .autoencoder import channels_last, crop_to, pad_to_multiple_of
+from .autoencoder import channels_last, crop_to, drawing_loss, pad_to_multiple_of
 from .model import AnomalyModel, scored
 from .quantizer import Quantizer, usage
 
@@ -80,8 +80,7 @@ class VQVAE(AnomalyModel):
     def loss(self, batch):
         "Squared error per foreground voxel + commitment."
         drawn, commit, _ = self.net(batch["image"] * batch["foreground"])
-        error = (batch["image"] - drawn.float())**2 * batch["foreground"]
-        return error.sum() / (batch["foreground"].sum() * error.shape[1]).clamp_min(1) + commit
+        return drawing_loss(batch["image"], drawn, batch["foreground"]) + commit
 
 # %% ../../nbs/models/356_vqvae.ipynb #c014
 @patch

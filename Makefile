@@ -21,7 +21,7 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,test]"
 	touch $@
 
-demo: .venv/ready  ## environment, embedded cohort, eight detectors compared, report
+demo: .venv/ready  ## environment, embedded cohort, the comparison, report
 	$(BIN)/anomaly-nb demo --size $(SIZE)
 
 test: .venv/ready  ## export check, every notebook, pytest

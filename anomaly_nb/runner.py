@@ -23,10 +23,10 @@ from .core import InputError, settings, settings_file, write_json
 from .parameters import absolute, check_parameters, experiment_path, run_key
 
 # %% ../nbs/730_runner.ipynb #c005
-def _execute(job_file):
-    "Executes the job of a JSON file with papermill, in this process; exits with 3 when a cell raised. Called in a child process."
+def _execute(job_file, parent):
+    "Executes the job of a JSON file with papermill, in this process, as long as the process `parent` lives; exits with 3 when a cell raised. Called in a child process."
+    threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()     # before an import that takes seconds: the parent may be killed in them
     import papermill
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
         papermill.execute_notebook(job["notebook"], job["output"], parameters=job["parameters"], kernel_name="python3", cwd=job["folder"], progress_bar=False, log_output=False)
@@ -73,7 +73,7 @@ def _worker_environment(folder):
 
 def _child(job_file, folder):
     "Starts the process that executes a job; its output goes to `worker.log` in the run's folder."
-    command = [sys.executable, "-c", "import sys; from anomaly_nb.runner import _execute; _execute(sys.argv[1])", str(job_file)]
+    command = [sys.executable, "-c", "import sys; from anomaly_nb.runner import _execute; _execute(*sys.argv[1:])", str(job_file), str(os.getpid())]
     with open(folder/"worker.log", "wb") as log: return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_worker_environment(folder), start_new_session=True)
 
 # %% ../nbs/730_runner.ipynb #c011

@@ -1,6 +1,9 @@
 """What a run does when something breaks: a notebook that raises, a parameters tag that is lost, a run that is made twice."""
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -100,6 +103,16 @@ def test_one_run_is_never_made_by_two_at_once(experiments, tmp_path):
     with pytest.raises(InputError, match="being made by another process"): runner.execute(runner.Run("slow", {}), tmp_path/"runs")
     first.join()
     assert runner.execute(runner.Run("slow", {}), tmp_path/"runs").status == "cached"
+
+
+def test_a_child_whose_parent_died_while_it_started_ends(experiments, tmp_path):
+    notebook(experiments/"works.ipynb", [WRITE])
+    job = tmp_path/"job.json"
+    job.write_text(json.dumps({"notebook": str(experiments/"works.ipynb"), "output": str(tmp_path/"out.ipynb"), "folder": str(tmp_path), "parameters": {"out": str(tmp_path)}}))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    child = subprocess.Popen([sys.executable, "-c", "import sys; from anomaly_nb.runner import _execute; _execute(*sys.argv[1:])", str(job), str(gone.pid)], start_new_session=True)
+    assert child.wait(60) == -signal.SIGKILL and not (tmp_path/"metrics.json").exists()
 
 
 def test_no_experiment_shipped_lacks_a_comment_or_type():

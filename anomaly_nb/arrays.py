@@ -160,8 +160,8 @@ def assemble(pieces, origins, shape):
     return whole.result()
 
 # %% ../nbs/010_arrays.ipynb #c048
-def compiled(function):
-    "`function`, compiled by numba at its first call: without Python's lock, and kept on disk if it stands in a file (a cell of a notebook has no place for that)."
+def compiled(function, **options):
+    "`function`, compiled by numba at its first call: without Python's lock, and kept on disk if it stands in a file (a cell of a notebook has no place for that). `options` are numba's, such as fastmath."
     import numba
-    try: return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError: return numba.njit(nogil=True)(function)
+    try: return numba.njit(cache=True, nogil=True, **options)(function)
+    except RuntimeError: return numba.njit(nogil=True, **options)(function)

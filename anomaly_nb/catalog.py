@@ -124,6 +124,11 @@ DETECTORS = {
     "mixture": Entry("anomaly_nb.detectors.oneclass:mixture", "Gaussian mixture, number of components by BIC"),
     "student": Entry("anomaly_nb.detectors.student:student", "mixture of Student-t distributions: forgives some outliers among what it learns from"),
     "mahalanobis": Entry("anomaly_nb.detectors.oneclass:mahalanobis", "one Gaussian: Mahalanobis distance from the mean"),
+    "knn": Entry("anomaly_nb.detectors.large:knn", "distance to the k-th nearest normal vector"),
+    "lof_exact": Entry("anomaly_nb.detectors.large:lof_exact", "local outlier factor for many vectors, exact, by blocks"),
+    "lof_approximate": Entry("anomaly_nb.detectors.large:lof_approximate", "local outlier factor from approximate neighbours; needs pynndescent"),
+    "ocsvm_nystroem": Entry("anomaly_nb.detectors.large:ocsvm_nystroem", "one-class SVM of linear cost: Nystroem features and stochastic gradients"),
+    "mixture_batches": Entry("anomaly_nb.detectors.large:mixture_batches", "Gaussian mixture learnt from mini-batches"),
 }
 TABLES = {"model": MODELS, "dataset": DATASETS, "task": TASKS, "detector": DETECTORS}   # by the parameter of an experiment that names an entry
 

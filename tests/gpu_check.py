@@ -1,4 +1,4 @@
-"""make gpu-check: every model of the catalog on a CUDA device against the CPU. Exit status 0 passed, 1 failed, 2 NOT RUN (no device).
+"""make gpu-check: one-class SVMs of 1.5 million locations, then every model of the catalog, on a CUDA device against the CPU. Exit status 0 passed, 1 failed, 2 NOT RUN (no device).
 
 Needs torch, pytorch-lightning, numpy, scipy, scikit-learn; data are smooth random images made here, so neither nilearn nor nbdev is needed."""
 import sys
@@ -80,6 +80,27 @@ def compared(name, model, kind, dims, batch, on_device, losses, seconds, loose):
     return (name, kind, dims, same, low, said, seconds, same > 0.999 and (loose or low > 0.95) and fell and bool(torch.isfinite(gpu).all()))
 
 
+def check_located(device, L):
+    "One-class SVMs of `L` locations on the device: seconds a million, and scores of 40 of them against scikit-learn's. Returns whether they agree."
+    import numpy as np
+    from sklearn.svm import OneClassSVM
+    from anomaly_nb.detectors.smo_batch import score_batch, solve_batch
+    rng, n, d, nu = np.random.default_rng(0), 75, 16, 0.03
+    X, Z = rng.normal(size=(L, n, d)).astype(np.float32), rng.normal(0, 1.3, (L, 1, d)).astype(np.float32)
+    gamma = 1 / (d * X.reshape(L, -1).var(1, dtype=np.float64))
+    solve_batch(X[:64], gamma[:64], nu * n, device=device)
+    started = time.perf_counter()
+    alpha, rho, steps = solve_batch(X, gamma, nu * n, device=device)
+    fitted = time.perf_counter()
+    kept = alpha > 0
+    scores = score_batch(Z, X[kept], alpha[kept], np.concatenate([[0], np.cumsum(kept.sum(1))]), gamma, device=device)
+    scored = time.perf_counter()
+    peers = [OneClassSVM(nu=nu, gamma=g, tol=1e-8).fit(x.astype(np.float64)) for x, g in zip(X[:40], gamma)]
+    off = max(abs(scores[l, 0] - peer.score_samples(Z[l].astype(np.float64))[0]) for l, peer in enumerate(peers))
+    print(f"one OC-SVM a location, {L} locations, n={n}, d={d}: fit {fitted - started:.2f} s, score of one subject {scored - fitted:.2f} s, {steps.mean():.0f} steps, scores off by {off:.0e}: {'ok' if off < 1e-3 else 'FAILED'}", flush=True)
+    return off < 1e-3
+
+
 def main():
     import torch
     from anomaly_nb.catalog import MODELS
@@ -89,8 +110,8 @@ def main():
         return 2
     device = torch.device("cpu" if dry else "cuda")
     print(f"gpu-check on {'the CPU (a dry run of this script: says nothing about a GPU)' if dry else torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    good = check_located(device, 2000 if dry else 1_500_000)
     print(f"{'model':<17}{'score':<17}{'dims':<6}{'gpu~cpu':<10}{'bf16~f32':<10}{'loss of the first stages':<46}{'seconds':<10}")
-    good = True
     for name, entry in MODELS.items():
         for dims in entry.dims:
             for row in check(name, entry, dims, device):

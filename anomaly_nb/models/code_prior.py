@@ -154,11 +154,11 @@ def score(self: VQPrior, batch, kind=None):
     kind, shape, inside, step = self.kind_of(kind), batch["image"].shape[2:], batch["foreground"], self.net.multiple
     if kind == "residual": return VQVAE.score(self, batch, kind)
     if kind == "code_likelihood":
-        nll = self.surprise(batch)
+        nll = self.once("surprise", lambda: self.surprise(batch))
         return scored(to_voxels(nll, shape, step), inside, score=masked_mean(nll[:, None], organ_cells(inside, step)[:, None]))
-    drawn, masks = zip(*self.restore(batch))
+    drawn, masks = self.once("restored", lambda: tuple(zip(*self.restore(batch))))
     found = torch.stack([(batch["image"] - x).abs().mean(1, keepdim=True) for x in drawn]).mean(0)
     if kind == "restoration": return scored(found, inside)
     mask = torch.stack([m.float() for m in masks]).mean(0)                                      # [B,*grid]
     cells = organ_cells(inside, step)
-    return scored(found * smooth(to_voxels(mask, shape, step, linear=False), self.hparams.smooth_sigma, inside), inside, score=masked_mean((mask * self.surprise(batch))[:, None], cells[:, None]))
+    return scored(found * smooth(to_voxels(mask, shape, step, linear=False), self.hparams.smooth_sigma, inside), inside, score=masked_mean((mask * self.once("surprise", lambda: self.surprise(batch)))[:, None], cells[:, None]))

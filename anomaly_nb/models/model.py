@@ -94,6 +94,7 @@ class AnomalyModel(Part):
         super().__init__()
         self.save_hyperparameters()          # also those of the subclass: Lightning walks up the calls of __init__
         choose(spatial_dims, (2, 3), f"{type(self).__name__}: spatial_dims")
+        self._shared = None                  # what the kinds of one call of `scores` have in common
 
     def stages(self):
         "The trainings in order. Default: the model itself, once, if it defines a loss."
@@ -106,6 +107,19 @@ class AnomalyModel(Part):
     def score(self, batch, kind=None):
         "`anomaly_map` [B,1,*spatial] float32 (absent if not `has_map`) and `anomaly_score` [B]; `kind` is one of `kinds` (None: the first)."
         raise NotImplementedError(f"{type(self).__name__} defines no score")
+
+    def scores(self, batch, kinds=None):
+        "`{kind: score(batch, kind)}` of `kinds` (None: all). What several of them need, a model computes `once`."
+        kinds = list(kinds or self.kinds)
+        self._shared = {} if len(kinds) > 1 else None
+        try: return {kind: self.score(batch, kind) for kind in kinds}
+        finally: self._shared = None
+
+    def once(self, name, make):
+        "`make()`; within one call of `scores` only the first time under this `name`."
+        if self._shared is None: return make()
+        if name not in self._shared: self._shared[name] = make()
+        return self._shared[name]
 
     def embed(self, batch):
         "A dict with `embedding` [B,D] or [B,D,*grid] and, for a grid, `grid_origin` and `grid_stride` in voxels."

@@ -114,7 +114,7 @@ class _Predictor(Part):
 
     def predict_step(self, batch, index):
         seen = without_truth(batch)
-        answers = {kind: self.model.score(seen, kind) for kind in self.kinds}
+        answers = self.model.scores(seen, self.kinds)
         for kind, answer in answers.items(): _check_answer(self.model, kind, answer, batch)
         return answers, self.model.embed(seen) if self.embeds else None
 

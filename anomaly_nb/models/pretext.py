@@ -214,6 +214,6 @@ def score(self: PretextVAE, batch, kind=None):
     "Residual map; `combined`, `geometric` or `residual` score of the image."
     kind, lam, (mean_g, sd_g, mean_r, sd_r) = self.kind_of(kind), self.hparams.lam, self.normals_
     if kind == "combined" and not self.normals_.isfinite().all(): raise ParameterError("PretextVAE", "does not know how normal images score", "fit(model, data), or measure_normals with healthy images")
-    s_g, s_r, residual = self.parts(batch, kind != "residual")
+    s_g, s_r, residual = self.parts(batch, kind != "residual") if self._shared is None else self.once("parts", lambda: self.parts(batch, "geometric" in self.kinds))
     s = {"residual": lambda: s_r, "geometric": lambda: s_g, "combined": lambda: (1 - lam) * (s_g - mean_g) / sd_g + lam * (s_r - mean_r) / sd_r}[kind]()
     return scored(residual, batch["foreground"], s)

@@ -100,11 +100,20 @@ class VAE(AnomalyModel):
 @patch
 def slope(self: VAE, image, foreground, rec_weight=1.0, kl_weight=1.0):
     "Signed slope d(rec_weight * rec + kl_weight * KL)/dx [B,C,*spatial] at the mean code, with the terms rec [B], KL [B] and the reconstruction."
+    if self._shared is not None:                                                                  # several kinds: one forward pass, two slopes, and their sums
+        (of_rec, of_kl), rec, kl, drawn = self.once("slopes", lambda: self.slopes(image, foreground, [(1, 0), (0, 1)]))
+        return rec_weight * of_rec + kl_weight * of_kl, rec, kl, drawn
+    (found,), rec, kl, drawn = self.slopes(image, foreground, [(rec_weight, kl_weight)])
+    return found, rec, kl, drawn
+
+@patch
+def slopes(self: VAE, image, foreground, weights):
+    "The slopes for pairs of weights (of rec, of KL), and rec, KL and reconstruction, from one forward pass."
     with torch.enable_grad():
         image = image.detach().clone().requires_grad_()
         rec, kl, drawn = self.terms(image, foreground, sample=False)
-        asked = sum(w * term.sum() for w, term in ((rec_weight, rec), (kl_weight, kl)) if w)      # without the decoder where only KL is asked for
-        found, = torch.autograd.grad(asked, image)
+        asked = [sum(w * term.sum() for w, term in zip(pair, (rec, kl)) if w) for pair in weights]                # without the decoder where only KL is asked for
+        found = [torch.autograd.grad(a, image, retain_graph=a is not asked[-1])[0] for a in asked]
     return found, rec.detach(), kl.detach(), drawn.detach()
 
 # %% ../../nbs/models/340_vae.ipynb #c024
@@ -113,7 +122,7 @@ def score(self: VAE, batch, kind=None):
     "Map and score of one of `kinds`, see the class."
     kind, image, foreground, beta = self.kind_of(kind), batch["image"].float(), batch["foreground"], self.hparams.beta
     def residual(drawn): return (image - drawn).abs().mean(1, keepdim=True)
-    if kind == "residual": return scored(residual(self.terms(image, foreground, sample=False)[2]), foreground)
+    if kind == "residual": return scored(residual(self.slope(image, foreground)[3] if self._shared is not None else self.terms(image, foreground, sample=False)[2]), foreground)
     slope, rec, kl, drawn = self.slope(image, foreground, *{"elbo_gradient": (1, beta), "rec_gradient": (1, 0)}.get(kind, (0, 1)))
     found, voxels = slope.abs().mean(1, keepdim=True), foreground.flatten(1).sum(1).clamp_min(1)
     score = {"kl_gradient": kl, "rec_gradient": rec / voxels}.get(kind, (rec + beta * kl) / voxels)

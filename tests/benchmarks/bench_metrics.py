@@ -146,6 +146,16 @@ def main():
     ok &= row(f"AUPRO, 8 x 256x256, {sum(regions.regions_of(m)[2] for m in mask)} regions", ">= 150x", f"{t_peer / t:.0f}x", t_peer / t >= 150,
               f"{t * 1e3:.1f} ms; peer from the formula {t_peer:.2f} s")
     ok &= row("  its difference to the peer", "<= 1e-5", f"{abs(a - b):.0e}", abs(a - b) <= 1e-5, f"{a:.6f} and {b:.6f}")
+    try: from pyaupro import PerRegionOverlap
+    except ImportError: rows.append(("  its difference to pyaupro, all thresholds", "<= 1e-5", "NOT RUN", "", "pyaupro is not installed"))
+    else:
+        import torch
+        from pyaupro._utilities import auc_compute
+        meter = PerRegionOverlap(thresholds=None)
+        few = (maps - maps.min()) / np.ptp(maps)
+        start = time.perf_counter(); meter.update(torch.from_numpy(few), torch.from_numpy(mask.astype(np.int64))); other = float(auc_compute(*meter.compute(), limit=0.3)); t_other = time.perf_counter() - start
+        mine = regions.aupro(mask, few)
+        ok &= row("  its difference to pyaupro, all thresholds", "<= 1e-5", f"{abs(mine - other):.0e}", abs(mine - other) <= 1e-5, f"{mine:.6f} and {other:.6f}; pyaupro {t_other:.2f} s, {t_other / t:.0f}x")
     side = 113 if args.full else 50
     volumes = rng.standard_normal((80, side, side, side), dtype=np.float32)
     found = blobs(rng, (1, side, side, side), 30, 7)

@@ -102,8 +102,8 @@ FIT = """
 import sys, time, numpy as np
 from anomaly_nb.detectors.localized import LocalizedOCSVM
 class Slow(LocalizedOCSVM):
-    def _fit_chunk(self, X, constant):
-        time.sleep(float(sys.argv[2])); return super()._fit_chunk(X, constant)
+    def _fit_chunk(self, X, constant, variance):
+        time.sleep(float(sys.argv[2])); return super()._fit_chunk(X, constant, variance)
 Slow.__name__ = "LocalizedOCSVM"
 X = np.load(sys.argv[1] + "/vectors.npy", mmap_mode="r")
 np.save(sys.argv[1] + "/scores.npy", Slow(chunk=10, threads=1).fit(X, folder=sys.argv[1] + "/fit").score_samples(X[:, :3]))

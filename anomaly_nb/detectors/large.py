@@ -19,58 +19,72 @@ from sklearn.utils.validation import check_is_fitted
 from ..core import DataError, ParameterError, rng_of
 from .neighbours import BlockedLOF, KNNDistance, checked, nearest
 
-# %% ../../nbs/detectors/442_large.ipynb #c008
+# %% ../../nbs/detectors/442_large.ipynb #c010
 class ApproximateLOF(BlockedLOF):
-    """`BlockedLOF` with approximate neighbours by pynndescent (optional). Fitted: `overlap_`, the share of the exact top of `sample` training vectors that the approximate factor has in its top as well.
+    """`BlockedLOF` with approximate neighbours by pynndescent (optional), exact ones for the suspicious. Fitted: `overlap_`, the share of the exact top of `sample` training vectors that the approximate factor has in its top as well; `limit_`, the factor above which a vector is looked up exactly.
 
-    `effort`: neighbours kept in the graph for each wanted one, at least 1; more is slower and more exact. Errors: `ParameterError`, also without the package."""
-    def __init__(self, n_neighbors=20, threads=0, effort=3.0, sample=2000, seed=0, show=print): self.n_neighbors, self.threads, self.effort, self.sample, self.seed, self.show = n_neighbors, threads, effort, sample, seed, show
+    `effort`: neighbours kept in the graph for each wanted one, at least 1; `recheck`: share of the training vectors looked up exactly. More of either is slower and more exact. Errors: `ParameterError`, also without the package."""
+    def __init__(self, n_neighbors=20, threads=0, effort=1.0, recheck=0.05, sample=2000, seed=0, show=print):
+        self.n_neighbors, self.threads, self.effort, self.recheck, self.sample, self.seed, self.show = n_neighbors, threads, effort, recheck, sample, seed, show
 
     def fit(self, X, y=None):
         try: from pynndescent import NNDescent
         except ImportError: raise ParameterError("ApproximateLOF", "needs the package pynndescent", "pip install pynndescent, or BlockedLOF, which is exact") from None
-        X = self._training(X)
+        X = self.vectors_ = self._training(X)
         if not self.effort >= 1: raise ParameterError("ApproximateLOF: effort", f"is {self.effort}", "a number of at least 1")
+        if not 0 <= self.recheck <= 1: raise ParameterError("ApproximateLOF: recheck", f"is {self.recheck}", "a share from 0 to 1")
         wide = min(len(X), int(np.ceil(self.effort * self.n_neighbors)) + 1)         # itself included
-        self.index_ = NNDescent(X, n_neighbors=max(2, wide), random_state=self.seed, n_jobs=self.threads or None)
-        super().fit(X)
+        self.index_, self.n_features_in_ = NNDescent(X, n_neighbors=max(2, wide), random_state=self.seed, n_jobs=self.threads or None), X.shape[1]
+        distance, index = self._in_graph()
+        factor = self._factors(distance, index)
+        rows = np.argsort(-factor, kind="stable")[:int(np.ceil(self.recheck * len(X)))]
+        self.limit_ = factor[rows[-1]] if len(rows) else np.inf
+        distance[rows], index[rows] = self._without_itself(rows)
+        self._factors(distance, index)
         self.index_.prepare()
-        self.overlap_ = self._overlap(X)
-        if self.show: self.show(f"approximate LOF: {self.overlap_:.1%} of the exact top of a sample of {min(self.sample, len(X))} vectors" + ("" if self.overlap_ >= 0.95 else "; that is too few: raise `effort`, or use BlockedLOF"))
+        self.overlap_ = self._overlap(distance, index)
+        if self.show: self.show(f"approximate LOF: {self.overlap_:.1%} of the exact top of a sample of {min(self.sample, len(X))} vectors" + ("" if self.overlap_ >= 0.95 else "; that is too few: raise `effort` or `recheck`, or use BlockedLOF"))
         return self
 
-    def _neighbours(self, Q):
-        k = self.n_neighbors
-        if Q is not None:
-            index, distance = self.index_.query(Q, k=k, epsilon=0.1 * self.effort)
-            return self._found(distance.astype(np.float64), index.astype(np.int64), Q)
+    def _factors(self, distance, index):
+        "LOF [n] of the training vectors with these neighbours; sets `kdist_` and `lrd_`."
+        self.kdist_ = distance[:, -1]
+        self.lrd_ = self._density(distance, index)
+        return self.lrd_[index].mean(1) / self.lrd_
+
+    def _in_graph(self):
+        "Neighbours [n,k] of the training vectors, themselves left out; exact where the graph gave too few (number -1)."
         index, distance = self.index_.neighbor_graph
         other = index != np.arange(len(index))[:, None]                             # a vector is not its own neighbour, wherever it stands
-        order = np.argsort(~other, axis=1, kind="stable")[:, :k]
-        return self._found(np.take_along_axis(distance, order, 1).astype(np.float64), np.take_along_axis(index, order, 1).astype(np.int64), None)
-
-    def _found(self, distance, index, Q):
-        "Vectors for which the graph gave fewer neighbours than asked (number -1) get theirs from an exact search."
+        order = np.argsort(~other, axis=1, kind="stable")[:, :self.n_neighbors]
+        distance, index = np.take_along_axis(distance, order, 1).astype(np.float64), np.take_along_axis(index, order, 1).astype(np.int64)
         lost = np.flatnonzero((index < 0).any(1))
-        if len(lost) and Q is not None: distance[lost], index[lost] = nearest(self.vectors_, Q[lost], self.n_neighbors, self.threads)
-        elif len(lost): distance[lost], index[lost] = self._without_itself(lost)
+        if len(lost): distance[lost], index[lost] = self._without_itself(lost)
+        return distance, index
+
+    def _neighbours(self, Q):
+        "Neighbours of new vectors: from the graph, exact for those with too few and for the suspicious."
+        index, distance = self.index_.query(Q, k=self.n_neighbors, epsilon=0.2)
+        index, distance = index.astype(np.int64), distance.astype(np.float64)
+        with np.errstate(invalid="ignore"): doubt = (index < 0).any(1) | ~(self.lrd_[index].mean(1) / self._density(distance, index) < self.limit_)
+        if doubt.any(): distance[doubt], index[doubt] = nearest(self.vectors_, Q[doubt], self.n_neighbors, self.threads)
         return distance, index
 
     def _without_itself(self, rows):
         "Exact neighbours of some training vectors."
+        if not len(rows): return np.empty((0, self.n_neighbors)), np.empty((0, self.n_neighbors), dtype=np.int64)
         distance, index = nearest(self.vectors_, self.vectors_[rows], self.n_neighbors + 1, self.threads)
         order = np.argsort(index == rows[:, None], axis=1, kind="stable")[:, :self.n_neighbors]
         return np.take_along_axis(distance, order, 1), np.take_along_axis(index, order, 1)
 
-    def _overlap(self, X):
-        "The factors of a sample with exact against those with approximate neighbours."
-        rows = np.sort(rng_of("ApproximateLOF", self.seed).permutation(len(X))[:self.sample])
-        true, near = self._without_itself(rows), tuple(a[rows] for a in self._neighbours(None))
+    def _overlap(self, distance, index):
+        "The factors of a sample with exact against those with the neighbours used."
+        rows = np.sort(rng_of("ApproximateLOF", self.seed).permutation(len(index))[:self.sample])
         top = min(len(rows), max(20, round(len(rows) / 100)))
-        first, second = (set(np.argsort(-self.lrd_[index].mean(1) / self._density(distance, index))[:top]) for distance, index in (true, near))
+        first, second = (set(np.argsort(-self.lrd_[i].mean(1) / self._density(d, i))[:top]) for d, i in (self._without_itself(rows), (distance[rows], index[rows])))
         return len(first & second) / top
 
-# %% ../../nbs/detectors/442_large.ipynb #c011
+# %% ../../nbs/detectors/442_large.ipynb #c013
 class NystroemOCSVM(OutlierMixin, BaseEstimator):
     """One-class SVM on `landmarks` Nystroem features of a Gaussian kernel, trained by SGD: linear in the number of vectors. Williams and Seeger 2001; scikit-learn's SGDOneClassSVM.
 
@@ -95,7 +109,7 @@ class NystroemOCSVM(OutlierMixin, BaseEstimator):
 
     def decision_function(self, X): return self.score_samples(X) - self.offset_
 
-# %% ../../nbs/detectors/442_large.ipynb #c014
+# %% ../../nbs/detectors/442_large.ipynb #c016
 class MiniBatchMixture(OutlierMixin, BaseEstimator):
     """Gaussian mixture with full covariances, learnt from mini-batches; `score_samples` is the log-likelihood. Cappé and Moulines 2009.
 
@@ -144,7 +158,7 @@ class MiniBatchMixture(OutlierMixin, BaseEstimator):
         check_is_fitted(self, "n_features_in_")
         return self.mixture_.score_samples(checked(X, "MiniBatchMixture", self.n_features_in_).astype(np.float64))
 
-# %% ../../nbs/detectors/442_large.ipynb #c017
+# %% ../../nbs/detectors/442_large.ipynb #c019
 def knn(n_neighbors=5):
     "Standardised distance to the k-th nearest normal vector."
     return make_pipeline(StandardScaler(), KNNDistance(n_neighbors))

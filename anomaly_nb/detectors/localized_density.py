@@ -71,7 +71,7 @@ class LocalizedLOF(Localized):
     def _check_parameters(self, n):
         if not 1 <= self.n_neighbors < n: raise ParameterError("LocalizedLOF: n_neighbors", f"is {self.n_neighbors}, there are {n} vectors a location", f"1 to {n - 1}")
 
-    def _fit_chunk(self, X, constant):
+    def _fit_chunk(self, X, constant, variance):
         kdist, lrd = np.zeros(X.shape[:2]), np.zeros(X.shape[:2])
         _in_threads(lambda a, b: _fit_lof(X[a:b], self.n_neighbors, kdist[a:b], lrd[a:b]), len(X), self.threads)
         return {"vectors": X, "kdist": kdist, "lrd": lrd}
@@ -141,7 +141,7 @@ class LocalizedGaussianMixture(Localized):
         if not self.components or min(self.components) < 1 or max(self.components) > n: raise ParameterError("LocalizedGaussianMixture: components", f"are {self.components} for {n} vectors a location", f"numbers from 1 to {n}")
         if not self.reg_covar > 0: raise ParameterError("LocalizedGaussianMixture: reg_covar", f"is {self.reg_covar}", "a number above 0")
 
-    def _fit_chunk(self, X, constant):
+    def _fit_chunk(self, X, constant, variance):
         import torch
         device = "cuda" if torch.cuda.is_available() else "cpu"
         x, most, d = torch.as_tensor(X, dtype=torch.float64, device=device), max(self.components), X.shape[2]

@@ -44,6 +44,7 @@ def threshold_of(alpha, G):
 _FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "afn", "reassoc"}          # all of fast mathematics: finite numbers are checked at the door
 fast = partial(compiled, fastmath=_FAST)
 _LOG2E, _ONE, _TWO, _TINY, _TOP = np.float32(1.4426950408889634), np.float32(1), np.float32(2), np.float32(1e-6), np.float32(3e38)
+_TOP_BITS = _TOP.view(np.int32)
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = np.polynomial.Chebyshev.interpolate(np.exp2, 6, [-1, 0]).convert(kind=np.polynomial.Polynomial).coef.astype(np.float32)
 
 @fast
@@ -64,10 +65,14 @@ def kernel_row(x, XT, squares, gamma, out, y, bits):
     "out [n] = exp(-gamma |x - x_j|^2) for a vector `x` [d] and the vectors `XT` [d,n] with squared lengths `squares` [n]; `y` [n], `bits` [n]: room."
     y[:] = np.float32(0)
     own = np.float32(0)
-    for k in range(len(x)):
-        v = x[k]
-        own += v * v
-        for j in range(len(y)): y[j] += v * XT[k, j]
+    four = len(x) // 4 * 4
+    for k in range(0, four, 4):                                                # four at a time: y is fetched and stored a quarter as often
+        a, b, c, d = x[k], x[k + 1], x[k + 2], x[k + 3]
+        own += a * a + b * b + c * c + d * d
+        for j in range(len(y)): y[j] += a * XT[k, j] + b * XT[k + 1, j] + c * XT[k + 2, j] + d * XT[k + 3, j]
+    for k in range(four, len(x)):
+        own += x[k] * x[k]
+        for j in range(len(y)): y[j] += x[k] * XT[k, j]
     for j in range(len(y)): y[j] = -gamma * max(own + squares[j] - _TWO * y[j], np.float32(0))
     exponential(y, out, bits)
 
@@ -86,22 +91,36 @@ def _threshold(alpha, G):
     return 0.5 * (low + high) if low > -1e38 and high < 1e38 else (low if low > -1e38 else high)
 
 @fast
-def _best_partner(alpha, G, low, row, gain):
-    "The largest gap G_j - low among vectors with stock, and the highest gain; `gain` [n] is filled."
-    gap, best = np.float32(-1), np.float32(0)
+def _cheapest(alpha, G, bits):
+    "Number of the vector with room and the lowest gradient, n where nobody has room. `bits`: those of `G`, as integers in the same order (gradients are not negative); of integers the compiler compares eight at a time, of floats one."
+    low, none = _TOP_BITS, np.int32(len(G))
     for t in range(len(G)):
-        over = G[t] - low if alpha[t] > 0 else np.float32(-1)
-        value = over * over / max(_TWO - _TWO * row[t], _TINY) if over > 0 else np.float32(0)
-        gain[t] = value
-        gap, best = max(gap, over), max(best, value)
-    return gap, best
+        v = bits[t] if alpha[t] < _ONE else _TOP_BITS
+        low = v if v < low else low
+    at = none
+    for t in range(len(G)):
+        v = np.int32(t) if bits[t] == low and alpha[t] < _ONE else none
+        at = v if v < at else at
+    return at
 
 @fast
-def _cheapest(alpha, G):
-    "The lowest gradient among vectors with room."
-    low = _TOP
-    for t in range(len(G)): low = min(low, G[t] if alpha[t] < _ONE else _TOP)
-    return low
+def _best_partner(alpha, G, bits, low, row, gain, gain_bits):
+    "Number of the vector with stock that gains most with the cheapest one, whose gradient is `low` and whose kernel row `row`; that of the dearest. `gain` [n] is filled."
+    for t in range(len(G)):
+        over = G[t] - low if alpha[t] > 0 else np.float32(-1)
+        gain[t] = over * over / max(_TWO - _TWO * row[t], _TINY) if over > 0 else np.float32(0)
+    best, dear = np.int32(0), np.int32(0)
+    for t in range(len(G)):
+        v, w = gain_bits[t], bits[t] if alpha[t] > 0 else np.int32(0)
+        best = v if v > best else best
+        dear = w if w > dear else dear
+    none = np.int32(len(G))
+    at, top = none, none
+    for t in range(len(G)):
+        v, w = np.int32(t) if gain_bits[t] == best else none, np.int32(t) if bits[t] == dear and alpha[t] > 0 else none
+        at = v if v < at else at
+        top = w if w < top else top
+    return at, top if top < none else at                                       # none: all gradients with stock are rounded below 0
 
 # %% ../../nbs/detectors/432_smo.ipynb #c021
 @compiled
@@ -116,18 +135,15 @@ def solve_one(X, XT, squares, gamma, total, tol, max_iter, alpha, K, known, G, g
             kernel_row(X[i], XT, squares, gamma, K[i], y, bits)
             K[i, i], known[i] = _ONE, True
             for t in range(n): G[t] += alpha[i] * K[i, t]
-    steps = 0
+    steps, G_bits, gain_bits = 0, G.view(np.int32), gain.view(np.int32)
     while steps < max_iter:
-        low, i = _cheapest(alpha, G), 0
-        if low >= _TOP: break                                                  # nu = 1: everybody is full
-        while i < n - 1 and not (alpha[i] < _ONE and G[i] == low): i += 1
+        i = _cheapest(alpha, G, G_bits)
+        if i == n: break                                                       # nu = 1: everybody is full
         if not known[i]:
             kernel_row(X[i], XT, squares, gamma, K[i], y, bits)
             K[i, i], known[i] = _ONE, True
-        gap, best = _best_partner(alpha, G, low, K[i], gain)
-        if gap < tol or best <= 0: break
-        j = 0
-        while j < n - 1 and gain[j] != best: j += 1
+        j, top = _best_partner(alpha, G, G_bits, G[i], K[i], gain, gain_bits)
+        if not G[top] - G[i] >= tol or gain[j] <= 0: break
         if not known[j]:
             kernel_row(X[j], XT, squares, gamma, K[j], y, bits)
             K[j, j], known[j] = _ONE, True
@@ -141,19 +157,24 @@ def solve_one(X, XT, squares, gamma, total, tol, max_iter, alpha, K, known, G, g
 
 # %% ../../nbs/detectors/432_smo.ipynb #c025
 @compiled
-def _solve_block(X, total, tol, max_iter, alpha, rho, steps):
-    "Location by location (vectors times sqrt(gamma)), with one set of room for all."
+def _solve_block(X, root, total, tol, max_iter, alpha, rho, steps):
+    "Location by location, with one set of room for all: vectors less their mean, times `root` [L], sqrt(gamma)."
     L, n, d = X.shape
     K, known, G, gain, y = np.empty((n, n), np.float32), np.empty(n, np.bool_), np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
-    bits, XT, squares = np.empty(n, np.int32), np.empty((d, n), np.float32), np.empty(n, np.float32)
+    bits, x, XT, squares, centre = np.empty(n, np.int32), np.empty((n, d), np.float32), np.empty((d, n), np.float32), np.empty(n, np.float32), np.empty(d)
     for l in range(L):
+        centre[:] = 0
+        for i in range(n):
+            for k in range(d): centre[k] += X[l, i, k]
+        for k in range(d): centre[k] /= n
         for i in range(n):
             s = np.float32(0)
             for k in range(d):
-                XT[k, i] = X[l, i, k]
-                s += X[l, i, k] * X[l, i, k]
+                v = np.float32((X[l, i, k] - centre[k]) * root[l])
+                x[i, k] = XT[k, i] = v
+                s += v * v
             squares[i] = s
-        rho[l], steps[l] = solve_one(X[l], XT, squares, _ONE, total, tol, max_iter, alpha[l], K, known, G, gain, y, bits)
+        rho[l], steps[l] = solve_one(x, XT, squares, _ONE, total, tol, max_iter, alpha[l], K, known, G, gain, y, bits)
 
 def _in_threads(work, count, threads, least=64):
     "Calls `work(begin, end)` for blocks of 0..count in `threads` threads."
@@ -168,49 +189,51 @@ def solve_many(X, gamma, total, tol=2e-5, max_iter=100_000, threads=0):
     """The duals of `X` [L,n,d] float32, `gamma` [L]: weights [L,n] float32, rho [L] float64, steps [L]. `total` = nu n for all. `threads` 0: one a core.
 
     Vectors are centred per location first (no distance changes), and multiplied by sqrt(gamma)."""
-    X = np.ascontiguousarray((X - X.mean(1, keepdims=True, dtype=np.float64)) * _root(gamma)[:, None, None], dtype=np.float32)
+    X, root = np.ascontiguousarray(X, dtype=np.float32), _root(gamma)
     alpha, rho, steps = np.empty(X.shape[:2], dtype=np.float32), np.empty(len(X)), np.empty(len(X), dtype=np.int64)
-    _in_threads(lambda a, b: _solve_block(X[a:b], float(min(total, X.shape[1])), np.float32(tol), max_iter, alpha[a:b], rho[a:b], steps[a:b]), len(X), threads)
+    _in_threads(lambda a, b: _solve_block(X[a:b], root[a:b], float(min(total, X.shape[1])), np.float32(tol), max_iter, alpha[a:b], rho[a:b], steps[a:b]), len(X), threads)
     return alpha, rho, steps
 
 # %% ../../nbs/detectors/432_smo.ipynb #c029
 def flatten(X, alpha, dtype=np.float32):
     "The vectors of `X` [L,n,d] with weight: `support` [S,d] (`dtype`), `dual` [S] float32, `start` [L+1]."
-    kept = alpha > 0
-    return X[kept].astype(dtype), alpha[kept], np.concatenate([[0], np.cumsum(kept.sum(1))])
+    kept = np.flatnonzero(alpha > 0)
+    return X.reshape(-1, X.shape[2])[kept].astype(dtype, copy=False), alpha.ravel()[kept], np.concatenate([[0], np.cumsum(np.count_nonzero(alpha > 0, axis=1))])
+
+@fast
+def _gaps(z, support, root, y):
+    "y [s] = -|root (z - support_i)|^2. Beyond 1e16 is far enough: its square is still a float32."
+    for i in range(len(support)):
+        total = np.float32(0)
+        for k in range(len(z)):
+            gap = min(max((support[i, k] - z[k]) * root, np.float32(-1e16)), np.float32(1e16))
+            total += gap * gap
+        y[i] = -total
 
 @compiled
-def _score_block(Z, support, dual, start, root, centre, out):
-    "Kernel sums [L,m] of `Z` [L,m,d]; both sides are centred with `centre` [L,d] and multiplied by `root` [L], sqrt(gamma). Beyond 1e16 is far enough: its square is still a float32."
+def _score_block(Z, support, dual, start, root, out):
+    "Kernel sums [L,m] of `Z` [L,m,d] from differences; `root` [L] float32: sqrt(gamma)."
     L, m, d = Z.shape
     most = 1
     for l in range(L): most = max(most, start[l + 1] - start[l])
-    y, row, squares, bits, flat, z = np.empty(most, np.float32), np.empty(most, np.float32), np.empty(most, np.float32), np.empty(most, np.int32), np.empty(d * most, np.float32), np.empty(d, np.float32)
+    y, row, bits = np.empty(most, np.float32), np.empty(most, np.float32), np.empty(most, np.int32)
     for l in range(L):
-        a, s = start[l], start[l + 1] - start[l]
-        ST = flat[: d * s].reshape(d, s)
-        squares[:s] = np.float32(0)
-        for i in range(s):
-            for k in range(d):
-                v = np.float32((support[a + i, k] - centre[l, k]) * root[l])
-                ST[k, i] = v
-                squares[i] += v * v
+        a, b = start[l], start[l + 1]
         for q in range(m):
-            for k in range(d): z[k] = min(max((Z[l, q, k] - centre[l, k]) * root[l], -1e16), 1e16)
-            kernel_row(z, ST, squares[:s], _ONE, row[:s], y[:s], bits[:s])
+            _gaps(Z[l, q], support[a:b], root[l], y)
+            exponential(y[:b - a], row, bits)
             total = np.float32(0)
-            for i in range(s): total += dual[a + i] * row[i]
+            for i in range(b - a): total += dual[a + i] * row[i]
             out[l, q] = total
 
 def score_many(Z, support, dual, start, gamma, threads=0, block=4096):
     "Kernel sums [L,m] float32 of the vectors `Z` [L,m,d] at the locations that `flatten` packed: scikit-learn's `score_samples`. Minus rho: its `decision_function`."
-    Z, root = np.ascontiguousarray(Z, dtype=np.float32), _root(gamma)
+    Z, root = np.ascontiguousarray(Z, dtype=np.float32), np.minimum(_root(gamma), 3e38).astype(np.float32)
     out = np.empty(Z.shape[:2], dtype=np.float32)
     def work(begin, end):
         for a in range(begin, end, block):                                                        # float16 is widened a block at a time
             b = min(a + block, end)
-            own, here = support[start[a]:start[b]].astype(np.float32), start[a:b + 1] - start[a]
-            first = own[np.minimum(here[:-1], len(own) - 1)] if len(own) else np.zeros((b - a, Z.shape[2]), np.float32)   # a point near all of the location's vectors
-            _score_block(Z[a:b], own, dual[start[a]:start[b]], here, root[a:b], first, out[a:b])
+            own = np.ascontiguousarray(support[start[a]:start[b]], dtype=np.float32)
+            _score_block(Z[a:b], own, np.ascontiguousarray(dual[start[a]:start[b]]), start[a:b + 1] - start[a], root[a:b], out[a:b])
     _in_threads(work, len(Z), threads)
     return out

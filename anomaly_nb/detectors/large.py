@@ -167,7 +167,7 @@ def lof_exact(n_neighbors=20):
     "Standardised local outlier factor by blocks: that of `oneclass.lof`, for many vectors."
     return make_pipeline(StandardScaler(), BlockedLOF(n_neighbors))
 
-def lof_approximate(n_neighbors=20, effort=3.0):
+def lof_approximate(n_neighbors=20, effort=1.0):
     "Standardised local outlier factor from approximate neighbours (pynndescent); says how far to trust it."
     return make_pipeline(StandardScaler(), ApproximateLOF(n_neighbors, effort=effort))
 

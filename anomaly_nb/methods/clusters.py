@@ -13,10 +13,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, ParameterError
-from ..metrics.froc import bootstrap_froc, detections_of, froc
+from ..core import DataError
+from ..metrics.detection import auroc
+from ..metrics.froc import bootstrap_froc, check_alarms, detections_of, froc
 from ..metrics.localization import normal_threshold
-from ..metrics.uncertainty import interval, subject_weights
+from ..metrics.uncertainty import bootstrap_images, interval, subject_weights
 
 # %% ../../nbs/methods/616_clusters.ipynb #c006
 def cluster_detections(test, normal, kind, pixel_fpr=0.001, score="max", min_size=1, overlap=0.0):
@@ -68,7 +69,7 @@ def lesion_table(found, k=1.0, n_boot=1000, seed=0, thirds=True):
     """Table of sensitivity at `k` false alarms a case: all lesions, by thirds of volume (`thirds_of`), by family. `found`: of `cluster_detections`. Groups without lesions have no row.
 
     Columns: group, lesions, people (with such a lesion), ml_low, ml_high (of its smallest and largest lesion), sensitivity, low, high (95 % over people), and the false alarms a case there are in all (`available`). Errors: `DataError`, `ParameterError`."""
-    if not k >= 0: raise ParameterError("k", f"is {k}", "a number of false alarms a case, at least 0")
+    check_alarms(k)
     if not found: raise DataError("lesion_table", "got no cases", "cases with known masks")
     people = sorted({c.subject for c, _ in found})
     drawn = subject_weights(len(people), n_boot, seed)[:, [people.index(c.subject) for c, _ in found]]
@@ -84,7 +85,7 @@ def lesion_table(found, k=1.0, n_boot=1000, seed=0, thirds=True):
 # %% ../../nbs/methods/616_clusters.ipynb #c020
 def alarm_cut(normal, k=1.0):
     "Cluster score above which normal people have at most `k` clusters each on average; `normal`: `Detections` of validation normals, all of whose clusters are false alarms. -inf where all together have no more. Errors: `DataError`, `ParameterError`."
-    if not k >= 0: raise ParameterError("k", f"is {k}", "a number of false alarms a case, at least 0")
+    check_alarms(k)
     if not len(normal): raise DataError("alarm_cut", "got no normal cases", "validation normals")
     scores = np.sort(np.concatenate([d.scores for d in normal]))[::-1]
     allowed = math.floor(k * len(normal) + 1e-9)
@@ -125,15 +126,7 @@ def burden_auroc(burden, tissues, n_boot=1000, seed=0):
     for name in tissues:
         known = burden[burden[name].notna()].sort_values(name, kind="stable")
         values, label = known[name].to_numpy(), known["label"].to_numpy().astype(int)
-        draws = [_weighted_auroc(values, label, w) for w in subject_weights(len(known), n_boot, seed, strata=label)] if len(known) else [math.nan]
-        band = interval(_weighted_auroc(values, label, np.ones(len(known))), draws, len(known))
+        draws = bootstrap_images(label, values, weights=subject_weights(len(known), n_boot, seed, strata=label), statistics=("auroc",))["auroc"] if len(known) else [math.nan]
+        band = interval(auroc(label, values) if len(known) else math.nan, draws, len(known))
         rows.append({"tissue": name, "people": len(known), "auroc": band.estimate, "low": band.low, "high": band.high})
     return pd.DataFrame(rows)
-
-# %% ../../nbs/methods/616_clusters.ipynb #c028
-def _weighted_auroc(values, label, w):
-    "AUROC of rising values with weights: ties at half."
-    first = np.r_[True, values[1:] != values[:-1]]
-    group = np.cumsum(first) - 1
-    pos, neg = np.bincount(group, w * label), np.bincount(group, w * (1 - label))
-    return float((pos * (np.cumsum(neg) - neg / 2)).sum() / (pos.sum() * neg.sum())) if pos.sum() and neg.sum() else math.nan

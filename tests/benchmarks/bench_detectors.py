@@ -1,7 +1,7 @@
 """Speed of localised one-class SVMs and of local outlier factors beside what would be picked instead, measured in one run, as ratios.
 
-    python tests/benchmarks/bench_detectors.py          # modest sizes, a few minutes
-    python tests/benchmarks/bench_detectors.py --full   # LOF of 50 000 vectors, 200 000 locations end to end, 1.5 million with a GPU: a quarter of an hour
+    python tests/benchmarks/bench_detectors.py          # modest sizes, half a minute
+    python tests/benchmarks/bench_detectors.py --full   # LOF of 50 000 vectors, 200 000 locations end to end, 1.5 million with a GPU: some minutes
 
 Results are compared before times are: scores within 1e-3 of scikit-learn's at its tolerance 1e-8, factors within 1e-4. Compilation is not counted.
 pynndescent (approximate neighbours) and faiss are optional; without the first its row says so. Exit status 1 when an aim is missed.

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..arrays import compiled
 from ..core import DataError, ParameterError, choose, stable_hash, track, write_aside, write_json
-from .smo import _in_threads, flatten, score_many, solve_many
+from .smo import in_threads, flatten, score_many, solve_many
 
 # %% ../../nbs/detectors/436_localized.ipynb #c006
 def check_vectors(X, who, first=0, finite=False):
@@ -49,7 +49,7 @@ def _look(X, variance, constant):
 def looked(X, threads=0):
     "Variance [c] float64 (not finite where a number is not) and constancy [c] of the locations of `X` [c,n,d] float32."
     variance, constant = np.empty(len(X)), np.empty(len(X), dtype=bool)
-    _in_threads(lambda a, b: _look(X[a:b], variance[a:b], constant[a:b]), len(X), threads)
+    in_threads(lambda a, b: _look(X[a:b], variance[a:b], constant[a:b]), len(X), threads)
     return variance, constant
 
 def standardise(X, constant):

@@ -12,7 +12,7 @@ from ..arrays import compiled
 from ..core import ParameterError
 from .localized import Localized, LocalizedOCSVM
 from .located import PerLocation
-from .smo import _in_threads
+from .smo import in_threads
 
 # %% ../../nbs/detectors/438_localized_density.ipynb #c006
 @compiled
@@ -73,12 +73,12 @@ class LocalizedLOF(Localized):
 
     def _fit_chunk(self, X, constant, variance):
         kdist, lrd = np.zeros(X.shape[:2]), np.zeros(X.shape[:2])
-        _in_threads(lambda a, b: _fit_lof(X[a:b], self.n_neighbors, kdist[a:b], lrd[a:b]), len(X), self.threads)
+        in_threads(lambda a, b: _fit_lof(X[a:b], self.n_neighbors, kdist[a:b], lrd[a:b]), len(X), self.threads)
         return {"vectors": X, "kdist": kdist, "lrd": lrd}
 
     def _score_chunk(self, Z, rows):
         out, parts = np.empty(Z.shape[:2]), [np.ascontiguousarray(a[rows]) for a in (self.vectors_, self.kdist_, self.lrd_)]
-        _in_threads(lambda a, b: _score_lof(Z[a:b], *(p[a:b] for p in parts), self.n_neighbors, out[a:b]), len(Z), self.threads)
+        in_threads(lambda a, b: _score_lof(Z[a:b], *(p[a:b] for p in parts), self.n_neighbors, out[a:b]), len(Z), self.threads)
         return -out
 
 # %% ../../nbs/detectors/438_localized_density.ipynb #c014

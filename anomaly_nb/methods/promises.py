@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import betabinom
 
 from ..core import DataError
-from ..metrics.conformal import benjamini_hochberg, conformal_p, subject_maxima, subject_threshold
+from ..metrics.conformal import benjamini_hochberg, conformal_p, fewest_normals, subject_maxima, subject_threshold
 from ..metrics.localization import image_score, normal_threshold
 from ..metrics.uncertainty import bootstrap_mean, interval, subject_weights
 
@@ -27,7 +27,7 @@ def wilson(hits, n, z=1.96):
 def alarm_chance(hits, n, m, alpha):
     "Probability of `hits` or more alarms among `n` new normal people exchangeable with the `m` validation people who set the threshold for `alpha`. Errors: `DataError` with too few of these."
     j = math.floor(alpha * (m + 1) + 1e-9)
-    if j < 1: raise DataError("alarm_chance", f"got {m} normal subjects for alpha = {alpha}", f"at least {math.ceil(1 / alpha - 1e-9) - 1}")
+    if j < 1: raise DataError("alarm_chance", f"got {m} normal subjects for alpha = {alpha}", f"at least {fewest_normals(alpha)}")
     return float(betabinom.sf(hits - 1, n, j, m + 1 - j))
 
 # %% ../../nbs/methods/618_promises.ipynb #c012
@@ -49,7 +49,7 @@ def promise_table(normal, test, kind, alphas=(0.05, 0.1, 0.2), fprs=(0.01, 0.05)
             band = interval(shares.mean(), bootstrap_mean(shares, subject_weights(len(people), n_boot, seed)), len(people))
             rows.append(("voxels", fpr, name, band.estimate, band.low, band.high, len(people), math.nan))
         for alpha in alphas:
-            if len(normal) < math.ceil(1 / alpha - 1e-9) - 1: continue
+            if len(normal) < fewest_normals(alpha): continue
             for what, hits in (("subject maximum", int((highest > subject_threshold(maxima, alpha)).sum())), (f"image p-value ({how})", int((conformal_p(scores, images) <= alpha).sum()))):
                 rows.append((what, alpha, name, hits / len(people), *wilson(hits, len(people)), len(people), alarm_chance(hits, len(people), len(normal), alpha)))
     table = pd.DataFrame(rows, columns=["threshold", "promised", "group", "rate", "low", "high", "people", "chance"])

@@ -139,7 +139,7 @@ def sweep(args):
     if not args.dry_run: return _sweep(plan, args.processes, folder)
     prepare(plan)
     if all(state_of(one, folder) == "done" for one in plan.runs): follow(plan, folder)
-    for one in (*plan.runs, *plan.then): print(f"{state_of(one, folder):<15}{one.name or one.label:<40}{one.message or (one.folder_name if one.key else '')}".rstrip())
+    for one in (*plan.runs, *plan.then): print(f"{state_of(one, folder):<15}{one.name or one.label:<38}  {one.message or (one.folder_name if one.key else '')}".rstrip())
     return int(any(one.status == "failed" for one in (*plan.runs, *plan.then)))
 
 # %% ../nbs/740_cli.ipynb #c015

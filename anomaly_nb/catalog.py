@@ -37,6 +37,9 @@ class Entry:
 _NO_TRAINING = {"loss_falls": "has no loss: nothing is learned by gradients"}
 _SLOW = {"detects": "needs more than 30 seconds on the tiny cohort; the same network with the task many is checked"}
 
+_DIFFUSION = {"detects": "needs minutes of training; measured in chapter 680"}
+_LABELS = {"detects": "the tiny cohort has four ill people with labels; measured in chapter 680"}
+
 APPROACHES = {                                     # of what a method takes for normal, in the order of a report
     "no learning": "rules that see no training image, or only its mean and its principal components",
     "autoencoder": "what a bottleneck cannot draw",
@@ -48,6 +51,8 @@ APPROACHES = {                                     # of what a method takes for 
     "dual": "what networks that saw unlabelled images know and others do not",
     "pretext": "where a question that is easy on normal images gets a wrong answer",
     "invented anomalies": "what looks like anomalies made by us",
+    "diffusion": "what a network that names noise takes for noise",
+    "weak labels": "what tells ill images from healthy ones, learned from labels of images",
 }
 
 MODELS = {
@@ -88,6 +93,12 @@ MODELS = {
     "pseudo": Entry("anomaly_nb.models.segmenter:Segmenter", "pseudo-anomalies: patches replaced by others of the same image", {"loss": "bce"}, approach="invented anomalies", task="pseudo", exempt=_SLOW),
     "cutpaste": Entry("anomaly_nb.models.cutpaste:CutPasteClassifier", "CutPaste: classifies normal, pasted and scar; a Gaussian over its vectors is the score", approach="invented anomalies", task="cutpaste"),
     "draem": Entry("anomaly_nb.models.draem:DRAEM", "restores painted-over textures, and segments the difference", approach="invented anomalies", task="perlin"),
+    "ddpm": Entry("anomaly_nb.models.denoiser:Diffusion", "diffusion model: the image noised a little and taken back, by chance or by rule", approach="diffusion", exempt=_DIFFUSION),
+    "classifier": Entry("anomaly_nb.models.classifier:WeakClassifier", "classifier of labelled images, and its attribution as a map", needs=("train", "weak"), approach="weak labels", exempt=_LABELS),
+    "constrained": Entry("anomaly_nb.models.classifier:WeakClassifier", "the same, forbidden to find anything in healthy images (attribution constraint)", {"weight": 0.01}, needs=("train", "weak"), approach="weak labels", exempt=_LABELS),
+    "translation": Entry("anomaly_nb.models.translation:Translation", "diffusion model guided by a classifier towards healthy: what changed", needs=("train", "weak"), approach="weak labels", exempt=_DIFFUSION),
+    "translation-free": Entry("anomaly_nb.models.translation:FreeTranslation", "the same without a classifier: a denoiser that is told the class", needs=("train", "weak"), approach="weak labels", exempt=_DIFFUSION),
+    "combination": Entry("anomaly_nb.methods.combination:Combination", "translation guided by a constrained classifier, times its attribution, or only where that points", needs=("train", "weak"), approach="weak labels", exempt=_DIFFUSION),
 }
 DATASETS = {
     "brain": Entry("anomaly_nb.data.brain:brain_records", "embedded cohort: brain MRI and CT with drawn lesions, no download"),

@@ -61,7 +61,7 @@ def test_shared_check(name, dims, channels):
     entry, shape = catalog.MODELS[name], (21, 18) if dims == 2 else (10, 13, 9)
     batch = batch_of(shape, channels)
     if entry.task: batch = with_task(entry.task, batch)
-    batches = {"train": batch, "weak": batch | {"label": torch.arange(6) % 2}, "unlabelled": batch, "train+unlabelled": batch}
+    batches = {"train": batch, "weak": batch | {"label": torch.arange(6) % 2}, "unlabelled": batch, "train+unlabelled": batch, "train+weak": batch | {"label": torch.arange(6) % 2}}
     check_model(lambda: catalog.build(catalog.MODELS, name, "model", channels=channels, spatial_dims=dims, shape=shape), batches, exempt=entry.exempt)
 
 

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 
 from ..core import choose, rng_of, seed_everything
 from .fit import fit, predict
-from .model import load_model, save_model, without_truth
+from .model import load_model, save_model, seen_truth, without_truth
 from .predict import trainer_of
 
 # %% ../../nbs/models/315_checks.ipynb #c008
@@ -75,7 +75,7 @@ def check_loss_falls(model, batch, steps=30, share=0.1, seed=0, accelerator="cpu
     report, who, reached = {}, type(model).__name__, set()
     for stage in model.stages():
         one = batch[stage.pool] if "image" not in batch else batch
-        repeated, watch = _Repeated(one, steps, keep=("label",) if stage.pool == "weak" else ()), _Fixed(seed, reached)
+        repeated, watch = _Repeated(one, steps, keep=seen_truth(stage.pool)), _Fixed(seed, reached)
         stage.module.train()
         trainer_of(accelerator, "32-true", max_epochs=1, limit_val_batches=0, callbacks=[watch]).fit(stage.module, repeated, repeated)   # none of the second is read
         assert np.isfinite(watch.losses).all(), f"{who}, stage {stage.name!r}: the loss is not finite"

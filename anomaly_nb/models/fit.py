@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from ..core import InputError, ParameterError, seed_everything, settings, stable_hash, write_aside, write_json
-from .model import Part, on_device, read_checkpoint, save_model, set_state, without_truth
+from .model import Part, on_device, read_checkpoint, save_model, seen_truth, set_state, without_truth
 from .predict import predict, trainer_of
 
 # %% ../../nbs/models/310_fit.ipynb #c009
@@ -27,7 +27,7 @@ class _Watch(pl.Callback):
         self.step = next((h["step"] for h in reversed(history) if h["stage"] == stage.name), 0)
 
     def _enter(self, trainer, batch, index, what):
-        keep = ("label",) if self.stage.pool == "weak" and what == "train" else ()
+        keep = seen_truth(self.stage.pool) if what == "train" else ()
         for key in set(batch) - set(without_truth(batch, keep)): del batch[key]
         epoch = trainer.current_epoch if what == "train" else "fixed"
         seed_everything(int(stable_hash([self.seed, self.stage.name, what, epoch, index]), 16) % 2**32)
@@ -183,6 +183,8 @@ def _check_fit(model, data, judge=None):
         data.require(stage.pool.split("+"), f"{type(model).__name__}, stage {stage.name!r}")      # now, and not after the stages before it
         if not isinstance(stage.module, Part) or any(id(p) not in own for p in stage.module.parameters()):
             raise ParameterError(type(model).__name__, f"stage {stage.name!r} trains something that is not a part of the model", "a Part whose weights are the model's, or they are not saved")
+        if stage.pool == "weak" and len(found := set(map(int, data.pools["weak"].labels))) < 2:
+            raise ParameterError(f"pool 'weak'", f"holds only {'ill' if 1 in found else 'normal'} images", f"both classes: stage {stage.name!r} of {type(model).__name__} learns to tell them apart")
         if (stage.best or stage.patience) and not judge and stage.val not in data.pools:
             raise ParameterError(type(model).__name__, f"stage {stage.name!r} keeps its best epoch and has no validation pool", "a pool 'val', a judge, or best=False and patience=0")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'TRUTH', 'masked_mean', 'masked_sum', 'masked_top', 'scored', 'on_device', 'Part', 'Stage', 'AnomalyModel',
-           'save_model', 'read_checkpoint', 'set_state', 'load_model', 'without_truth']
+           'save_model', 'read_checkpoint', 'set_state', 'load_model', 'seen_truth', 'without_truth']
 
 # %% ../../nbs/models/300_model.ipynb #c003
 import inspect
@@ -172,14 +172,18 @@ def load_model(path, cls):
     meta, tensors = read_checkpoint(path)
     if meta["class"] != cls.__name__: raise InputError(path, f"holds a {meta['class']}", f"a {cls.__name__}")
     def plain(value): return tuple(map(plain, value)) if isinstance(value, list) else value
-    takes = inspect.signature(cls.__init__).parameters          # what only the parent takes was set by the class itself
-    settings = {k: plain(v) for k, v in json.loads(meta["hyper_parameters"]).items() if k in takes or k not in inspect.signature(AnomalyModel.__init__).parameters}
+    takes, above = inspect.signature(cls.__init__).parameters, {name for parent in cls.__mro__[1:] for name in inspect.signature(parent.__init__).parameters}
+    settings = {k: plain(v) for k, v in json.loads(meta["hyper_parameters"]).items() if k in takes or k not in above}      # what only a parent takes was set by the class itself
     try: model = cls(**settings)
     except TypeError as error: raise InputError(path, f"has hyper-parameters that {cls.__name__} does not take ({error})", "a checkpoint of this version") from None
     return set_state(model, tensors, path).eval()
 
 # %% ../../nbs/models/300_model.ipynb #c038
 TRUTH = ("mask", "mask_known", "label")
+
+def seen_truth(pool):
+    "What of the truth a training on `pool` sees: the label of the image where it is weak supervision (`weak`, `train+weak`)."
+    return ("label",) if "weak" in pool.split("+") and "unlabelled" not in pool.split("+") else ()
 
 def without_truth(batch, keep=()):
     "The batch without `mask`, `mask_known` and `label`, but for those in `keep` (weak supervision keeps the image's label)."

@@ -43,6 +43,7 @@ def check(name, entry, dims, device):
     shape = (48, 56) if dims == 2 else (24, 32, 24)
     torch.manual_seed(0)
     batch = smooth_batch(16 if dims == 2 else 4, shape)
+    if "weak" in entry.needs: batch["label"] = torch.arange(len(batch["image"])) % 2
     if entry.task == "pairs": batch["positive"] = batch["image"].flip(0)
     elif entry.task: batch |= spoilt(batch)
     model = entry.load()(**({"channels": 1, "spatial_dims": dims, "shape": shape} | entry.defaults))
@@ -101,6 +102,47 @@ def check_located(device, L):
     return off < 1e-3
 
 
+def check_translation(device, dry=False):
+    "The paper's translation (4 channels, 256 x 256, level 500, every step a move): a training step of denoiser and classifier, and a full translation in float32 and in bf16, with images per second. Returns whether all is finite."
+    import torch
+    from anomaly_nb.models.translation import Translation
+    shape, count, how = ((32, 32), 2, dict(level=4, moves=4)) if dry else ((256, 256), 8, dict(preset="paper", level=500, moves=500, classifier_widths=(32, 64, 128, 256)))
+    torch.manual_seed(0)
+    model = Translation(4, 2, shape, scale=100.0, **how).to(device)
+    batch = to(smooth_batch(count, shape, 4) | {"label": torch.arange(count) % 2}, device)
+    good, said = True, []
+    def seconds(work):
+        work()                                                                   # warm
+        if device.type == "cuda": torch.cuda.synchronize()
+        began = time.perf_counter()
+        found = work()
+        if device.type == "cuda": torch.cuda.synchronize()
+        return time.perf_counter() - began, found
+    for name, part in (("denoiser", model), ("classifier", model.classifier)):
+        optimizer = part.configure_optimizers()
+        def step():
+            optimizer.zero_grad()
+            loss = part.loss(batch)
+            (loss["loss"] if isinstance(loss, dict) else loss).backward()
+            optimizer.step()
+            return loss
+        taken, _ = seconds(step)
+        said.append(f"step of the {name} {taken:.3f} s")
+    model.eval()
+    maps, start = {}, model.hparams.moves
+    for precision in ("float32", "bfloat16"):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            began = time.perf_counter()
+            maps[precision] = model.score(batch)["anomaly_map"]
+            if device.type == "cuda": torch.cuda.synchronize()
+            said.append(f"{precision} {count / (time.perf_counter() - began):.3f} images/s")
+        good &= bool(maps[precision].isfinite().all())
+    inside = batch["foreground"]
+    same = float(torch.corrcoef(torch.stack([m[inside].float() for m in maps.values()]))[0, 1])
+    print(f"translation, {count} images of 4 x {shape[0]} x {shape[1]}, level {start}, {start} moves: {', '.join(said)}, bf16~f32 {same:.4f}: {'ok' if good else 'FAILED'}", flush=True)
+    return good
+
+
 def main():
     import torch
     from anomaly_nb.catalog import MODELS
@@ -111,6 +153,7 @@ def main():
     device = torch.device("cpu" if dry else "cuda")
     print(f"gpu-check on {'the CPU (a dry run of this script: says nothing about a GPU)' if dry else torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     good = check_located(device, 2000 if dry else 1_500_000)
+    good &= check_translation(device, dry)
     print(f"{'model':<17}{'score':<17}{'dims':<6}{'gpu~cpu':<10}{'bf16~f32':<10}{'loss of the first stages':<46}{'seconds':<10}")
     for name, entry in MODELS.items():
         for dims in entry.dims:

@@ -1,4 +1,6 @@
 """The shared check over every model of the catalog, in each dimension that it says it works in."""
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -56,13 +58,21 @@ class Listed(list):
     def spatial_dims(self): return self[0]["image"].ndim - 1
 
 
+QUICK = {"preset": "tiny", "classifier_widths": (8, 16), "moves": 2}     # a diffusion model is as wrong with small networks as with large ones
+
+
+def quick(entry):
+    "The options of QUICK that the model takes."
+    return {k: v for k, v in QUICK.items() if k in inspect.signature(entry.load()).parameters}
+
+
 @pytest.mark.parametrize("name, dims, channels", cases())
 def test_shared_check(name, dims, channels):
     entry, shape = catalog.MODELS[name], (21, 18) if dims == 2 else (10, 13, 9)
     batch = batch_of(shape, channels)
     if entry.task: batch = with_task(entry.task, batch)
     batches = {"train": batch, "weak": batch | {"label": torch.arange(6) % 2}, "unlabelled": batch, "train+unlabelled": batch, "train+weak": batch | {"label": torch.arange(6) % 2}}
-    check_model(lambda: catalog.build(catalog.MODELS, name, "model", channels=channels, spatial_dims=dims, shape=shape), batches, exempt=entry.exempt)
+    check_model(lambda: catalog.build(catalog.MODELS, name, "model", quick(entry), channels=channels, spatial_dims=dims, shape=shape), batches, exempt=entry.exempt)
 
 
 def distinct():
@@ -76,7 +86,7 @@ def test_poor_batches(name):
     entry, batch = catalog.MODELS[name], batch_of((21, 18), 1)
     if entry.task: batch = with_task(entry.task, batch)
     seed_everything(0)
-    model = catalog.build(catalog.MODELS, name, "model", channels=1, spatial_dims=2, shape=(21, 18))
+    model = catalog.build(catalog.MODELS, name, "model", quick(entry), channels=1, spatial_dims=2, shape=(21, 18))
     one = {k: v[:1] for k, v in batch.items()}
     try: check_loss_falls(model, one, steps=2, share=-np.inf)
     except InputError as error: assert "1" in str(error) or "one" in str(error), error

@@ -49,10 +49,12 @@ def read_members(inputs, root, seed):
 
 # %% ../../nbs/methods/644_fold_networks.ipynb #c016
 def join_predictions(folders, kinds, to):
-    "Writes the rows and pieces of `kinds` that `predict` left in several `folders` into the folder `to`, where `evaluation.read_images` finds them; returns the rows, with the paths of their maps. Errors: `InputError`."
-    joined = {}
+    """Writes the rows and pieces of `kinds` that `predict` left in several `folders` into the folder `to`, where `evaluation.read_images` finds them; returns the rows, with the paths of their maps.
+
+    `folders`: a list, or a dict {folder: {its kind: name here}} where two folders have kinds of the same name. Errors: `InputError`."""
+    joined, named = {}, folders if isinstance(folders, dict) else {f: {k: k for k in kinds} for f in folders}
     for name in ("pieces", "rows"):
-        try: joined[name] = [(Path(f), r) for f in folders for r in json.loads((Path(f)/f"{name}.json").read_text(encoding="utf-8")) if r["kind"] in kinds]
+        try: joined[name] = [(Path(f), r | {"kind": names[r["kind"]]}) for f, names in named.items() for r in json.loads((Path(f)/f"{name}.json").read_text(encoding="utf-8")) if names.get(r["kind"]) in kinds]
         except (OSError, ValueError) as error: raise InputError("folders", f"lack a readable {name}.json ({error})", "folders that predict has finished") from None
     lacks = [k for k in kinds if all(r["kind"] != k for _, r in joined["rows"])]
     if lacks: raise InputError("kinds", f"hold {lacks[0]!r}, which none of the folders has", "kinds that were predicted")

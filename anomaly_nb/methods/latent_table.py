@@ -37,6 +37,10 @@ def parts_of(cases):
 # %% ../../nbs/methods/612_latent_table.ipynb #c010
 METRICS = ("ap", "auroc", "best_dice")
 
+def _ill(trained, subjects):
+    "How many of `subjects` have a lesion with a mask."
+    return sum(bool(trained[0].regions.get(s)) for s in subjects)
+
 def _drawn(trained, subjects, w, metric, seed):
     "Pooled voxel `metric` of each training [K], and of each draw of people and trainings [n_boot]."
     choose(metric, METRICS, "metric")
@@ -55,18 +59,19 @@ def seed_table(histograms, parts, n_boot=1000, seed=0, metric="ap"):
     return pd.DataFrame(rows)
 
 # %% ../../nbs/methods/612_latent_table.ipynb #c012
-def compare_kinds(histograms, pairs, parts, n_boot=1000, seed=0, metric="ap"):
-    "One row a pair (a, b) and part: difference a - b with its interval over people and trainings (paired: both are scores of one network), and the verdict. Errors: `DataError` for an unknown kind or unequal numbers of trainings, `ParameterError`."
-    rows = []
+def compare_kinds(histograms, pairs, parts, n_boot=1000, seed=0, metric="ap", apart=()):
+    """One row a pair (a, b) and part: difference a - b with its interval over people and trainings, and the verdict (undecided under 20 ill people). Trainings are paired, as both are scores of one network, but for kinds
+    in `apart`: each of these is of a network of its own. Errors: `DataError` for an unknown kind or unequal numbers of trainings, `ParameterError`."""
+    rows, apart = [], list(apart)
     for kind in dict.fromkeys(k for pair in pairs for k in pair):
         if kind not in histograms: raise DataError("compare_kinds", f"has no kind {kind!r}", f"one of: {', '.join(histograms)}")
     for a, b in pairs:
         if len(histograms[a]) != len(histograms[b]): raise DataError("compare_kinds", f"{len(histograms[a])} trainings of {a!r}, {len(histograms[b])} of {b!r}", "the same trainings: they are drawn in pairs")
     for part, subjects in parts.items():
         w = subject_weights(len(subjects), n_boot, seed)
-        drawn = {kind: _drawn(histograms[kind], subjects, w, metric, seed) for kind in dict.fromkeys(k for pair in pairs for k in pair)}
+        drawn = {kind: _drawn(histograms[kind], subjects, w, metric, [seed, 1 + apart.index(kind)] if kind in apart else seed) for kind in dict.fromkeys(k for pair in pairs for k in pair)}
         for a, b in pairs:
             (x, X), (y, Y) = drawn[a], drawn[b]
-            found = paired_difference(x.mean(), y.mean(), X, Y, len(subjects))
+            found = paired_difference(x.mean(), y.mean(), X, Y, _ill(histograms[a], subjects))
             rows.append({"part": part, "a": a, "b": b, "difference": found.estimate, "low": found.low, "high": found.high, "probability": found.probability, "verdict": found.verdict})
     return pd.DataFrame(rows)

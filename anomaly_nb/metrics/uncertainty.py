@@ -203,7 +203,7 @@ def resample_seeds(draws, seed=0):
     "Draws [K, n_boot] of K trainings of one method, made with the same weights -> [n_boot]: the mean of K trainings drawn with replacement."
     draws = np.atleast_2d(np.asarray(draws, float))
     K, B = draws.shape
-    picks = np.random.default_rng([seed, K, B]).integers(0, K, (K, B))
+    picks = np.random.default_rng([*np.atleast_1d(seed), K, B]).integers(0, K, (K, B))
     return draws[picks, np.arange(B)].mean(0)
 
 # %% ../../nbs/metrics/540_uncertainty.ipynb #c047

@@ -80,7 +80,7 @@ class TimedPart(Part):
     "The training of a classifier of noisy images: a `net` that gets the time, on images noised to times drawn evenly; the constraint holds below `level`."
     def __init__(self, net, process, level, lr=1e-3, weight_decay=1e-4, weight=0.0, form="softplus", attribution="input"):
         super().__init__()
-        self.save_hyperparameters(ignore=["net", "process"])
+        self.save_hyperparameters(dict(level=level, lr=lr, weight_decay=weight_decay, weight=weight, form=form, attribution=attribution))          # by name: else Lightning would take `lr` of the model around it
         self.net, self.process = net, process
 
     def loss(self, batch):

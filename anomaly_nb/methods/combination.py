@@ -15,11 +15,12 @@ from ..models.model import Stage, scored
 from ..models.translation import Translation
 from ..models.vae import smooth
 
-# %% ../../nbs/methods/674_combination.ipynb #c004
+# %% ../../nbs/methods/674_combination.ipynb #c006
 def apart(cls, *given, **options):
-    "A model to be part of another: made here, it keeps its own hyper-parameters. (Made inside the other's constructor, Lightning would overwrite them with those of the same name.)"
+    "A model `cls(*given, **options)` that will be part of another: made in a function of its own, it keeps its own hyper-parameters."
     return cls(*given, **options)
 
+# %% ../../nbs/methods/674_combination.ipynb #c007
 class Combination(Translation):
     """A `Translation` whose classifiers learn under the attribution constraint (`weight`; 0: plain ones), and a classifier of clean images beside it. Kinds: `guided`, the translation; `unguided`; `attribution`, positive part of the clean classifier's expected gradients;
     `fused`, guided * attribution; `gated`, translated only where the attribution exceeds what a share `allowed` of the training normals' voxels exceeds, everywhere else the encoded path is kept.
@@ -32,7 +33,7 @@ class Combination(Translation):
         super().__init__(channels, spatial_dims, shape, preset, steps, schedule, level, moves, scale, clip, conditional, drop, decay, classifier_widths, classifier_epochs, classifier_lr, weight, form, attribution, lr, epochs)
         if not 0 < allowed < 1: raise ParameterError("allowed", f"is {allowed!r}", "a share between 0 and 1")
         self.clean = apart(WeakClassifier, channels, spatial_dims, shape, classifier_widths, weight if clean_weight is None else clean_weight, form, attribution, smooth_sigma=smooth_sigma, lr=classifier_lr, epochs=classifier_epochs)
-        self.register_buffer("tau", torch.tensor(torch.inf))                # of the attribution; see fit_statistics
+        self.register_buffer("tau", torch.tensor(torch.inf))                # of the attribution; see fit_statistics. Before that the gate is shut
 
     def stages(self): return super().stages() + [Stage("classifier", self.clean, pool="weak", epochs=self.hparams.classifier_epochs, val=None)]
 
@@ -42,7 +43,7 @@ class Combination(Translation):
         found = torch.cat([self.looked(batch)[batch["foreground"]] for batch in loader]).sort().values
         if len(found): self.tau = found[round((1 - self.hparams.allowed) * (len(found) - 1))].clone()
 
-# %% ../../nbs/methods/674_combination.ipynb #c005
+# %% ../../nbs/methods/674_combination.ipynb #c010
 @patch
 def looked(self: Combination, batch):
     "Positive part of the clean classifier's expected gradients, smoothed: [B,1,*spatial]."
@@ -54,11 +55,12 @@ def gate(self: Combination, batch):
     inside = batch["foreground"]
     return smooth((self.looked(batch) > self.tau).float(), self.hparams.smooth_sigma, inside).clamp(0, 1) * inside
 
+# %% ../../nbs/methods/674_combination.ipynb #c011
 @patch
 def gated(self: Combination, batch, target=0):
     "The images [B,C,*spatial] translated inside the `gate`; outside of it they stay on the encoded path, which ends at the image itself."
     gate, path = self.gate(batch), self.encoded(batch)
-    return self.translate(batch, target, keep=lambda x, n: gate * x + (1 - gate) * path[n])
+    return self.translate(batch, target, keep=lambda x, n: gate * x + (1 - gate) * path[n], images=path)
 
 @patch
 def score(self: Combination, batch, kind=None):

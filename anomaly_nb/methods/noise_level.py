@@ -89,13 +89,13 @@ def level_table(model, batches, levels, kind=None, n_boot=1000, seed=0):
     return pd.DataFrame(rows)
 
 # %% ../../nbs/methods/670_noise_level.ipynb #c023
-def best_row(table, by="ap", margin=0.01):
-    "The row of a `level_table` or `scale_table` with the highest `by`; of those at most `margin` below it, the one with the lowest `cost`. Errors: `DataError` if there is none."
-    good = table[table[by] >= table[by].max() - margin]
+def best_row(table, by="ap", margin=0.05):
+    "The row of a `level_table` or `scale_table` with the highest `by`; of those at most the share `margin` below it, the one with the lowest `cost`. Errors: `DataError` if there is none."
+    good = table[table[by] >= table[by].max() * (1 - margin)]
     if not len(good): raise DataError("best_row", f"no row has a value of {by!r}", "at least one setting that gave finite maps")
     return good.loc[good["cost"].idxmin()]
 
-def best_level(table, by="ap", margin=0.01):
+def best_level(table, by="ap", margin=0.05):
     "The level of `best_row`."
     return int(best_row(table, by, margin)["level"])
 

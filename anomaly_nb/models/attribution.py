@@ -27,7 +27,7 @@ def gradient_input(f, x, create_graph=False):
     "A = x * d f / d x [B,C,*spatial]: what f would lose, to first order, if the voxel were 0."
     return x * gradient(f, x, create_graph)
 
-# %% ../../nbs/models/397_attribution.ipynb #c011
+# %% ../../nbs/models/397_attribution.ipynb #c010
 def integrated(f, x, reference=None, points=16, create_graph=False):
     """Integrated gradients [B,C,*spatial] (Sundararajan et al. 2017): (x - x') * mean of d f / d x at `points` middles of the way from the `reference` x' (one image or one each; default 0) to x. Their sum is f(x) - f(x').
 
@@ -37,7 +37,7 @@ def integrated(f, x, reference=None, points=16, create_graph=False):
     total = sum(gradient(f, reference + (n + 0.5) / points * (x - reference), create_graph) for n in range(points))
     return (x - reference) * total / points
 
-# %% ../../nbs/models/397_attribution.ipynb #c018
+# %% ../../nbs/models/397_attribution.ipynb #c017
 def expected(f, x, references, draws=8, generator=None, create_graph=False, times_input=True):
     """Expected gradients [B,C,*spatial] (Erion et al. 2021): the mean over `references` x' [R,C,*spatial] and alpha ~ U(0, 1) of (x - x') * d f / d x at x' + alpha (x - x'); without `times_input` of the slope alone.
 
@@ -52,12 +52,12 @@ def expected(f, x, references, draws=8, generator=None, create_graph=False, time
         total = total + ((x - reference) * A if times_input else A)
     return total / draws
 
-# %% ../../nbs/models/397_attribution.ipynb #c023
+# %% ../../nbs/models/397_attribution.ipynb #c021
 def positive(A):
     "The map of an attribution [B,C,*spatial]: its positive part, summed over channels, [B,1,*spatial]."
     return A.clamp_min(0).sum(1, keepdim=True)
 
-# %% ../../nbs/models/397_attribution.ipynb #c030
+# %% ../../nbs/models/397_attribution.ipynb #c028
 FORMS = ("softplus", "squared")
 
 def constraint(A, foreground, form="softplus"):

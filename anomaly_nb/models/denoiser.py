@@ -17,14 +17,14 @@ from .autoencoder import channels_last, crop_to, pad_to_multiple_of
 from .diffusion import Process, decode, encode, times
 from .model import AnomalyModel, scored
 
-# %% ../../nbs/models/392_denoiser.ipynb #c004
+# %% ../../nbs/models/392_denoiser.ipynb #c008
 PRESETS = {     # widths, attention, blocks a level, channels a head, groups of the norms
-    "tiny": dict(channels=(8, 16), attention_levels=(False, False), num_res_blocks=1, num_head_channels=8, norm_num_groups=8),
     "laptop": dict(channels=(16, 32, 64), attention_levels=(False, False, True), num_res_blocks=1, num_head_channels=64, norm_num_groups=16),
+    "tutorial": dict(channels=(64, 64, 64), attention_levels=(False, False, True), num_res_blocks=1, num_head_channels=64, norm_num_groups=32),
     "paper": dict(channels=(128, 128, 256, 256, 512, 512), attention_levels=(False, False, False, False, True, False), num_res_blocks=2, num_head_channels=512, norm_num_groups=32)}
 
 class DenoiserNet(nn.Module):
-    "MONAI's diffusion U-Net of a `preset`, for images of any size: eps [B,C,*spatial] float32 from x_t, times [B] or a number, and, with `classes`, their numbers [B]."
+    "MONAI's diffusion U-Net of a `preset`, for images of any size: eps [B,C,*spatial] float32 from x_t, times [B] or a number, and, with `classes`, their numbers [B]. Errors: `ParameterError`."
     def __init__(self, channels=1, spatial_dims=2, preset="laptop", classes=0, extra=0, out=None):
         super().__init__()
         from monai.networks.nets import DiffusionModelUNet                      # slow to import, and only wanted here
@@ -36,11 +36,12 @@ class DenoiserNet(nn.Module):
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         return crop_to(self.net(pad_to_multiple_of(x, self.multiple), t, class_labels=label), x.shape[2:]).float()
 
-# %% ../../nbs/models/392_denoiser.ipynb #c005
+# %% ../../nbs/models/392_denoiser.ipynb #c011
 class Average(nn.Module):
-    "An exponential moving average of the weights of `net`, which is what samples: `follow()` after each step moves it by 1 - min(`decay`, (1 + n) / (10 + n))."
+    "An exponential moving average of the weights of `net`, which is what samples: `follow(net)` after each step moves it by 1 - min(`decay`, (1 + n) / (10 + n)). Errors: `ParameterError`."
     def __init__(self, net, decay=0.999):
         super().__init__()
+        if not 0 <= decay < 1: raise ParameterError("decay", f"is {decay}", "a number from 0, below 1")
         self.net, self.decay = copy.deepcopy(net).requires_grad_(False), decay
         self.register_buffer("n", torch.zeros((), dtype=torch.int64))
 
@@ -52,18 +53,19 @@ class Average(nn.Module):
 
     def forward(self, *given): return self.net(*given)
 
-# %% ../../nbs/models/392_denoiser.ipynb #c006
+# %% ../../nbs/models/392_denoiser.ipynb #c014
 class Diffusion(AnomalyModel):
     """Denoising diffusion model of normal images (Ho et al. 2020), and what it makes of an image that is noised to `level` and taken back. Kinds: `residual`, mean over channels of |x - x_hat|, noised at random; `encoded`, the same, there and back by rule (DDIM).
 
     `preset`: one of `PRESETS`; `steps` and `schedule` of the process; `level`: how many steps are added, in `moves` moves back; `draws`: reconstructions of `residual`, averaged; `clip`: the image is held in [-clip, clip] on the way (0: not).
-    `decay` of the average of the weights. Image score: mean of the map. The papers: 1000 steps, level 250 of them, every step a move, EMA 0.9999, lr 1e-4. Errors: `ParameterError` for a level beyond the schedule, or more moves than level."""
+    `decay` of the average of the weights. Image score: mean of the map. AnoDDPM's code: 1000 linear steps, every step a move, lr 1e-4; Wolleb et al.: EMA 0.9999. Errors: `ParameterError` for a level beyond the schedule, or more moves than level."""
     kinds = ("residual", "encoded")
 
     def __init__(self, channels=1, spatial_dims=2, shape=None, preset="laptop", steps=1000, schedule="linear", level=200, moves=10, draws=1, clip=0.0, decay=0.999, lr=5e-4, epochs=20, classes=0):
         super().__init__(channels, spatial_dims, shape, lr, epochs)
         times(level, moves, steps)
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1: raise ParameterError("draws", f"is {draws!r}", "a whole number, at least 1")
+        if clip < 0: raise ParameterError("clip", f"is {clip}", "a bound of the images, or 0 for none")
         self.process = Process(steps, schedule)
         self.net = DenoiserNet(channels, spatial_dims, preset, classes)
         self.average = Average(self.net, decay)
@@ -73,7 +75,8 @@ class Diffusion(AnomalyModel):
         if seed is None: return torch.randn_like(x)
         return torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(seed)).to(x).expand_as(x)
 
-    def label_of(self, batch): return None
+    def label_of(self, batch):
+        "What the network is told of each image [B]; here nothing."
 
     def loss(self, batch):
         "Mean over all pixels of (eps - eps_hat)^2 at times drawn evenly."
@@ -84,11 +87,12 @@ class Diffusion(AnomalyModel):
 
     def on_train_batch_end(self, outputs, batch, index): self.average.follow(self.net)
 
-# %% ../../nbs/models/392_denoiser.ipynb #c007
+# %% ../../nbs/models/392_denoiser.ipynb #c015
 @patch
 def path(self: Diffusion, level=None):
-    "The times of the way back from `level` (default: the model's)."
-    return times(level or self.hparams.level, min(self.hparams.moves, level or self.hparams.level), self.process.steps)
+    "The times of the way back from `level` (default: the model's), with no more moves than levels. Errors: `ParameterError`."
+    level = self.hparams.level if level is None else level
+    return times(level, max(1, min(self.hparams.moves, level)), self.process.steps)
 
 @patch
 def predict(self: Diffusion, x, t):
@@ -105,9 +109,11 @@ def reconstruct(self: Diffusion, batch, level=None, seed=0, show=False):
 @patch
 def there_and_back(self: Diffusion, batch, level=None, show=False):
     "x_hat [B,C,*spatial]: the image encoded to `level` by DDIM inversion, and decoded."
-    path = self.path(level)
-    return decode(self.process, self.predict, encode(self.process, self.predict, (batch["image"] * batch["foreground"]).float(), path, self.hparams.clip, show)[0], path, self.hparams.clip, show=show)
+    x, path = (batch["image"] * batch["foreground"]).float(), self.path(level)
+    code = encode(self.process, self.predict, x, path, self.hparams.clip, show)[0]
+    return decode(self.process, self.predict, code, path, self.hparams.clip, show=show)
 
+# %% ../../nbs/models/392_denoiser.ipynb #c016
 @patch
 def score(self: Diffusion, batch, kind=None):
     "Map and image score of the `kind`; see the class."

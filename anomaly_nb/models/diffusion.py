@@ -54,7 +54,7 @@ class Process(nn.Module):
         alpha_bar = self.at(t, x_t)
         return (x_t - alpha_bar.sqrt() * x) / (1 - alpha_bar).sqrt()
 
-# %% ../../nbs/models/391_diffusion.ipynb #c016
+# %% ../../nbs/models/391_diffusion.ipynb #c013
 def ancestral(process, x_t, eps, t, s, z, clip=None):
     "From time t back to an earlier time s by chance (Ho et al. 2020, equation 7, for any stride): a draw from q(x_s | x_t, x) with the standard normal `z`; s = -1 gives its mean. `clip`: the image is held in [-clip, clip] on the way."
     x = process.clean(x_t, eps, t)
@@ -64,7 +64,7 @@ def ancestral(process, x_t, eps, t, s, z, clip=None):
     mean = ab_s.sqrt() * (1 - alpha) / (1 - ab_t) * x + alpha.sqrt() * (1 - ab_s) / (1 - ab_t) * x_t
     return mean + ((1 - ab_s) / (1 - ab_t) * (1 - alpha)).sqrt() * z
 
-# %% ../../nbs/models/391_diffusion.ipynb #c018
+# %% ../../nbs/models/391_diffusion.ipynb #c015
 def ddim(process, x_t, eps, t, s, clip=None):
     "From time t to time s by rule (Song et al. 2021, equation 12, eta 0), forwards or backwards: x_s. `clip`: the image is held in [-clip, clip] on the way, and the noise is what then is left."
     x = process.clean(x_t, eps, t)
@@ -73,14 +73,14 @@ def ddim(process, x_t, eps, t, s, clip=None):
         eps = process.noise(x_t, x, t)
     return process.noised(x, eps, s)
 
-# %% ../../nbs/models/391_diffusion.ipynb #c023
+# %% ../../nbs/models/391_diffusion.ipynb #c019
 def times(level, moves, steps=1000):
     "The times that a path of `moves` moves visits, from `level` - 1 down to -1, evenly: a list of `moves` + 1 whole numbers. Errors: `ParameterError`."
     for name, value, most in (("level", level, steps), ("moves", moves, level)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most: raise ParameterError(name, f"is {value!r}", f"a whole number from 1 to {most}" + (f": the schedule has {steps} steps" if name == "level" else ", the level"))
     return np.linspace(level - 1, -1, moves + 1).round().astype(int).tolist()
 
-# %% ../../nbs/models/391_diffusion.ipynb #c027
+# %% ../../nbs/models/391_diffusion.ipynb #c022
 def shown(path, show=False, what="sampling"):
     "The moves (t, s) of a path, with a progress bar if `show`."
     moves = list(zip(path, path[1:]))
@@ -93,7 +93,7 @@ def finite(x, t, scale=None):
     if x.isfinite().all(): return x
     raise ParameterError(f"sampling, step t={t}" + ("" if scale is None else f", scale {scale:g}"), "the image is not finite any more", "a smaller scale, `clip`, or a network trained longer")
 
-# %% ../../nbs/models/391_diffusion.ipynb #c028
+# %% ../../nbs/models/391_diffusion.ipynb #c023
 def encode(process, predict, x, path, clip=None, show=False):
     "DDIM inversion: the clean `x` [B,C,*spatial] forwards along `path` (a list of `times`, read from its end). `predict(x_t, t)` -> eps. Returns the images at each time of `path`, the noisiest first. Errors: `ParameterError` if not finite."
     images = [x]
@@ -102,7 +102,6 @@ def encode(process, predict, x, path, clip=None, show=False):
         images.append(x)
     return images[::-1]
 
-# %% ../../nbs/models/391_diffusion.ipynb #c029
 def decode(process, predict, x, path, clip=None, z=None, keep=None, scale=None, show=False):
     """Backwards along `path` from `x` at its first time: the clean image. By rule; with `z(n)` (standard normal of move n) by chance.
 

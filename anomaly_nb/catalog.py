@@ -38,6 +38,7 @@ _NO_TRAINING = {"loss_falls": "has no loss: nothing is learned by gradients"}
 _SLOW = {"detects": "needs more than 30 seconds on the tiny cohort; the same network with the task many is checked"}
 
 _DIFFUSION = {"detects": "needs minutes of training; measured in chapter 680"}
+_SAMPLED = _DIFFUSION | {f"bf16:{kind}": "healthy images come back almost as they were: the map of an untrained network is rounding" for kind in ("unguided",)}
 _LABELS = {"detects": "the tiny cohort has four ill people with labels; measured in chapter 680"}
 
 APPROACHES = {                                     # of what a method takes for normal, in the order of a report
@@ -94,11 +95,15 @@ MODELS = {
     "cutpaste": Entry("anomaly_nb.models.cutpaste:CutPasteClassifier", "CutPaste: classifies normal, pasted and scar; a Gaussian over its vectors is the score", approach="invented anomalies", task="cutpaste"),
     "draem": Entry("anomaly_nb.models.draem:DRAEM", "restores painted-over textures, and segments the difference", approach="invented anomalies", task="perlin"),
     "ddpm": Entry("anomaly_nb.models.denoiser:Diffusion", "diffusion model: the image noised a little and taken back, by chance or by rule", approach="diffusion", exempt=_DIFFUSION),
+    "anoddpm": Entry("anomaly_nb.models.anoddpm:AnoDDPM", "diffusion model with simplex noise, whose hills are as wide as a lesion (AnoDDPM)", approach="diffusion", exempt=_DIFFUSION),
+    "ddpm-patched": Entry("anomaly_nb.models.patched:PatchedDiffusion", "diffusion model that noises one patch and sees the rest", {"patch": 24, "octaves": 6, "level": 500}, approach="diffusion", exempt=_DIFFUSION),
+    "ddpm-conditioned": Entry("anomaly_nb.models.patched:PatchedDiffusion", "diffusion model that is told a vector of the image", {"condition": 64, "octaves": 6, "levels": (250, 500, 750)}, approach="diffusion", exempt=_DIFFUSION),
+    "latent-diffusion": Entry("anomaly_nb.models.latent_diffusion:LatentDiffusion", "VQ-VAE and a diffusion model of its latents: surprising cells are drawn anew", approach="diffusion", exempt=_DIFFUSION | {"bf16:combined": "a cell at the threshold is drawn anew or held", "bf16:restoration": "a cell at the threshold is drawn anew or held"}),
     "classifier": Entry("anomaly_nb.models.classifier:WeakClassifier", "classifier of labelled images, and its attribution as a map", needs=("train", "weak"), approach="weak labels", exempt=_LABELS),
     "constrained": Entry("anomaly_nb.models.classifier:WeakClassifier", "the same, forbidden to find anything in healthy images (attribution constraint)", {"weight": 0.01}, needs=("train", "weak"), approach="weak labels", exempt=_LABELS),
-    "translation": Entry("anomaly_nb.models.translation:Translation", "diffusion model guided by a classifier towards healthy: what changed", needs=("train", "weak"), approach="weak labels", exempt=_DIFFUSION),
-    "translation-free": Entry("anomaly_nb.models.translation:FreeTranslation", "the same without a classifier: a denoiser that is told the class", needs=("train", "weak"), approach="weak labels", exempt=_DIFFUSION),
-    "combination": Entry("anomaly_nb.methods.combination:Combination", "translation guided by a constrained classifier, times its attribution, or only where that points", needs=("train", "weak"), approach="weak labels", exempt=_DIFFUSION),
+    "translation": Entry("anomaly_nb.models.translation:Translation", "diffusion model guided by a classifier towards healthy: what changed", needs=("train", "weak"), approach="weak labels", exempt=_SAMPLED),
+    "translation-free": Entry("anomaly_nb.models.translation:FreeTranslation", "the same without a classifier: a denoiser that is told the class", needs=("train", "weak"), approach="weak labels", exempt=_SAMPLED),
+    "combination": Entry("anomaly_nb.methods.combination:Combination", "translation guided by a constrained classifier, times its attribution, or only where that points", needs=("train", "weak"), approach="weak labels", exempt=_SAMPLED | {"bf16:gated": "a voxel at the gate's threshold is translated or kept"}),
 }
 DATASETS = {
     "brain": Entry("anomaly_nb.data.brain:brain_records", "embedded cohort: brain MRI and CT with drawn lesions, no download"),

@@ -19,6 +19,7 @@ from .model import AnomalyModel, scored
 
 # %% ../../nbs/models/392_denoiser.ipynb #c008
 PRESETS = {     # widths, attention, blocks a level, channels a head, groups of the norms
+    "tiny": dict(channels=(8, 16), attention_levels=(False, False), num_res_blocks=1, num_head_channels=8, norm_num_groups=8),
     "laptop": dict(channels=(16, 32, 64), attention_levels=(False, False, True), num_res_blocks=1, num_head_channels=64, norm_num_groups=16),
     "tutorial": dict(channels=(64, 64, 64), attention_levels=(False, False, True), num_res_blocks=1, num_head_channels=64, norm_num_groups=32),
     "paper": dict(channels=(128, 128, 256, 256, 512, 512), attention_levels=(False, False, False, False, True, False), num_res_blocks=2, num_head_channels=512, norm_num_groups=32)}

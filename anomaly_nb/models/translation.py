@@ -83,19 +83,19 @@ def score(self: Labelled, batch, kind=None):
 
 # %% ../../nbs/models/399_translation.ipynb #c028
 class TimedPart(Part):
-    "The training of a classifier of noisy images: a `net` that gets the time, on images noised to times drawn evenly; the constraint holds below `level`. Errors: `ParameterError`, `DataError` for labels that are missing."
-    def __init__(self, net, process, level, lr=1e-3, weight_decay=1e-4, weight=0.0, form="softplus", attribution="input"):
+    "The training of a classifier of noisy images: a `net` that gets the time, on images noised to times drawn evenly below `times` (None: `level`); the constraint holds below `level`. Errors: `ParameterError`, `DataError` for labels that are missing."
+    def __init__(self, net, process, level, times=None, lr=1e-3, weight_decay=1e-4, weight=0.0, form="softplus", attribution="input"):
         super().__init__()
         choose(form, FORMS, "form"); choose(attribution, ATTRIBUTIONS, "attribution")
         if weight < 0: raise ParameterError("weight", f"is {weight}", "0 (no constraint) or more")
-        self.save_hyperparameters(dict(level=level, lr=lr, weight_decay=weight_decay, weight=weight, form=form, attribution=attribution))          # by name: else Lightning would take `lr` of the model around it
+        self.save_hyperparameters(dict(level=level, times=level if times is None else times, lr=lr, weight_decay=weight_decay, weight=weight, form=form, attribution=attribution))          # by name: Lightning would also take `lr` of the model around it
         self.net, self.process = net, process
 
     def loss(self, batch):
         "`weak_loss` of noisy images."
         if "label" not in batch: raise DataError("classifier of noisy images", "got images without labels", "batches of the pool 'weak'")
         h, x = self.hparams, (batch["image"] * batch["foreground"]).float()
-        t = torch.randint(self.process.steps, (len(x),), device=x.device)
+        t = torch.randint(h.times, (len(x),), device=x.device)
         x_t = self.process.noised(x, torch.randn_like(x), t)
         return weak_loss(lambda x: self.net(x, t), x_t, batch["label"], batch["foreground"], h.weight, h.form, h.attribution, t < h.level)
 
@@ -109,15 +109,22 @@ def check_scale(scale):
 class Translation(Labelled):
     """Translation of ill images to healthy ones by a diffusion model and a classifier of noisy images (Wolleb et al., MICCAI 2022). Kinds: `translation`, the sum over channels of |x - x_hat|, and `unguided`, the same without the classifier.
 
-    `scale` of the guidance; `level` and `moves` of the path; `conditional`: the denoiser is told the class too; `classifier_widths`, `classifier_epochs`, `classifier_lr`; `weight`, `form`, `attribution` of a constraint on the classifier.
-    The paper: 1000 steps, level 500, every step a move, scale 100, lr 1e-4. Image score: mean of the map. Errors: `ParameterError` for a scale that is not positive or a level beyond the schedule."""
+    `scale` of the guidance; `level` and `moves` of the path; `conditional`: the denoiser is told the class too; `classifier_widths`, `classifier_epochs`, `classifier_lr`; `classifier_level`: it learns at times below this (None: `level`); `weight`, `form`, `attribution` of a constraint on it.
+    The paper: 1000 steps, level 500, every step a move, scale 100, a classifier of all times, lr 1e-4. Image score: mean of the map. Errors: `ParameterError` for a scale that is not positive or a level beyond the schedule."""
     def __init__(self, channels=1, spatial_dims=2, shape=None, preset="laptop", steps=1000, schedule="linear", level=150, moves=5, scale=30.0, clip=0.0, conditional=True, drop=0.0, decay=0.999, classifier_widths=(32, 64, 64),
-                 classifier_epochs=20, classifier_lr=1e-3, weight=0.0, form="softplus", attribution="input", lr=5e-4, epochs=20):
+                 classifier_epochs=20, classifier_lr=1e-3, classifier_level=None, weight=0.0, form="softplus", attribution="input", lr=5e-4, epochs=20):
         super().__init__(channels, spatial_dims, shape, preset, steps, schedule, level, moves, clip, conditional, drop, decay, lr, epochs)
         check_scale(scale)
-        self.classifier = TimedPart(ClassifierNet(channels, spatial_dims, classifier_widths, timed=True), self.process, level, classifier_lr, weight=weight, form=form, attribution=attribution)
+        if classifier_level is not None and not level <= classifier_level <= steps: raise ParameterError("classifier_level", f"is {classifier_level}", f"from level ({level}) to steps ({steps}): the classifier must know the times it guides at")
+        self.classifier = TimedPart(ClassifierNet(channels, spatial_dims, classifier_widths, timed=True), self.process, level, classifier_level, classifier_lr, weight=weight, form=form, attribution=attribution)
 
     def stages(self): return super().stages() + [Stage("noisy classifier", self.classifier, pool="weak", epochs=self.hparams.classifier_epochs, val=None)]
+
+    def path(self, level=None):
+        "The times of the path, the noisiest first. Errors: `ParameterError` for a level that the schedule or the classifier does not know."
+        visited, known = super().path(level), self.classifier.hparams.times
+        if visited[0] >= known: raise ParameterError("level", f"is {visited[0] + 1}, and the classifier learned at times below {known}", f"at most {known}, or a training with classifier_level={visited[0] + 1}")
+        return visited
 
     def guide(self, x, t, target=0):
         "eps, moved by the classifier towards `target`."

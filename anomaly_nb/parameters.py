@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,13 +173,19 @@ def data_hash(parameters):
     def about(record): return {k: v for k, v in record.meta.items() if not (isinstance(v, str) and os.path.isabs(v))}
     return {pool: [records_manifest(items), stable_hash(sorted([r.id, stable_hash(about(r))] for r in items))] for pool, items in records.items()}
 
+# %% ../nbs/725_parameters.ipynb #c021b
+def _entries(notebook, parameters):
+    "The entries of the catalog that a run meets: its components, names in any other parameter (joined by +), names that a cell writes out, and the tasks that these models bring along."
+    words = {w for v in parameters.values() if isinstance(v, str) for w in re.split(r"[+,;:= ]", v)} | {*_components(parameters).values()}
+    words |= {n.value for text, tags in code_cells(notebook) if "parameters" not in tags for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    words |= {e.task for name, e in catalog.MODELS.items() if name in words and e.task}
+    return [entry for table in catalog.TABLES.values() for name, entry in table.items() if name in words]
+
 # %% ../nbs/725_parameters.ipynb #c022
 def run_key(notebook, parameters, data=None):
     "Hash of all that can change a run's numbers. `data`: what `data_hash` said, if it was asked before."
     from anomaly_nb.experiment import device_class
-    tables = catalog.TABLES
-    entries = [tables[what][name] for what, name in _components(parameters).items()]
-    for what, name in (("detector", "detector"), ("task", "select"), ("task", "tasks"), ("dataset", "outside")): entries += [tables[what][n] for n in (parameters.get(name) or "").split("+") if n]
+    entries = _entries(notebook, parameters)
     source = "\n".join(text for text, _ in code_cells(notebook)) + "".join(f"\nimport {e.target.split(':')[0]}" for e in entries)
     modules = {name: code for name, code in imported_modules(source).items() if name != "anomaly_nb.catalog"}
     now, constraints = settings(), Path(sys.modules["anomaly_nb"].__file__).resolve().parents[1]/"constraints.txt"

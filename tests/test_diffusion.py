@@ -80,3 +80,15 @@ def test_the_constrained_half_shares_the_denoiser(data):
     assert all(torch.equal(v, after[k]) for k, v in before.items() if k.startswith(("net.", "average.")))
     assert any(not torch.equal(v, after[k]) for k, v in before.items() if k.startswith("classifier.")) and any(not torch.equal(v, after[k]) for k, v in before.items() if k.startswith("clean."))
     assert torch.isfinite(second.tau)
+
+
+def test_the_noisy_classifier_learns_at_the_times_it_guides_at(monkeypatch):
+    batch = {"image": torch.randn(64, 1, 16, 16), "foreground": torch.ones(64, 1, 16, 16, dtype=torch.bool), "label": torch.arange(64) % 2}
+    for level, known in ((None, 30), (1000, 1000)):
+        model, drawn = Translation(1, 2, (16, 16), preset="tiny", level=30, moves=2, classifier_level=level), []
+        noised = model.process.noised
+        monkeypatch.setattr(model.classifier.process, "noised", lambda x, eps, t: drawn.extend(t.tolist()) or noised(x, eps, t))
+        for _ in range(5): model.classifier.loss(batch)
+        assert known * 0.8 < max(drawn) < known and min(drawn) < 0.1 * known
+    with pytest.raises(ParameterError, match="learned at times below 30"): Translation(1, 2, (16, 16), preset="tiny", level=30, moves=2).path(40)
+    with pytest.raises(ParameterError, match="classifier_level"): Translation(level=200, classifier_level=100, preset="tiny")

@@ -108,7 +108,12 @@ def tiny():
 
 @pytest.mark.parametrize("name", [n for n, e in catalog.MODELS.items() if "detects" not in e.exempt])
 def test_finds_cohort_lesions(name, tiny):
-    seed_everything(0)
+    """After three seconds of training, or, if that was too little, after twelve (`many`, of ten networks: eight, thirty)."""
     data = AnomalyDataModule(**tiny, task=make_task(name))
-    model = catalog.build(catalog.MODELS, name, "model", channels=data.channels, spatial_dims=2, shape=data.shape)
-    print(check_detects(model, data, pixel_ap, max_seconds=30 if name == "many" else 12))
+    for seconds in (8, 30) if name == "many" else (3, 12):
+        seed_everything(0)
+        model = catalog.build(catalog.MODELS, name, "model", channels=data.channels, spatial_dims=2, shape=data.shape)
+        try: found = check_detects(model, data, pixel_ap, max_seconds=seconds)
+        except AssertionError:
+            if seconds in (12, 30): raise
+        else: return print(found)

@@ -2928,6 +2928,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'anomaly_nb.page.with_interval': ('page.html#with_interval', 'anomaly_nb/page.py')},
             'anomaly_nb.parameters': { 'anomaly_nb.parameters.Parameter': ('parameters.html#parameter', 'anomaly_nb/parameters.py'),
                                        'anomaly_nb.parameters._components': ('parameters.html#_components', 'anomaly_nb/parameters.py'),
+                                       'anomaly_nb.parameters._entries': ('parameters.html#_entries', 'anomaly_nb/parameters.py'),
                                        'anomaly_nb.parameters._imports': ('parameters.html#_imports', 'anomaly_nb/parameters.py'),
                                        'anomaly_nb.parameters._without_docstrings': ( 'parameters.html#_without_docstrings',
                                                                                       'anomaly_nb/parameters.py'),

@@ -40,7 +40,7 @@ def temperature(logits, labels, limits=(0.01, 100.0)):
     low, high = 1 / limits[1], 1 / limits[0]
     return size / (low if slope(low) >= 0 else high if slope(high) <= 0 else brentq(slope, low, high))
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c012
+# %% ../../nbs/methods/676_attribution_table.ipynb #c011
 def read_variants(text):
     "`'plain:;softplus:weight=0.01+0.1'` to `{'plain': [''], 'softplus': ['weight=0.01', 'weight=0.1']}`: the options of each variant, one text for each weight. One is `plain`, without a weight. Errors: `ParameterError`."
     found = {}
@@ -52,7 +52,7 @@ def read_variants(text):
     if "plain" not in found or "weight=" in found["plain"][0]: raise ParameterError("variants", f"are {', '.join(found)}", "one of them 'plain:' without a weight, to compare with")
     return found
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c015
+# %% ../../nbs/methods/676_attribution_table.ipynb #c012
 def choose_weights(found, margin=0.02):
     "`{variant: (options, how)}` from validation rows (variant, options, seed, ap, slice_auroc): the highest mean AP among those within `margin` of plain's mean AUROC, else the highest AUROC; `how` says it. Errors: `DataError` without plain."
     means = pd.DataFrame(found).groupby(["variant", "options"], sort=False)[["ap", "slice_auroc"]].mean().reset_index()
@@ -65,7 +65,7 @@ def choose_weights(found, margin=0.02):
         chosen[name] = (best["options"], f"{why} (validation)" if len(rows) > 1 else why)
     return chosen
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c018
+# %% ../../nbs/methods/676_attribution_table.ipynb #c015
 def check_labels(pools):
     "Passes `{pool: labels [n] of its slices}`. Errors: `DataError` for a pool without both classes."
     for name, labels in pools.items():
@@ -79,7 +79,6 @@ def slices_of(folder, kind, shares=None, least=0.05):
     if not rows: raise DataError(folder, f"holds no slices of kind {kind!r} with so much organ", "a prediction of slices")
     return pd.DataFrame({"subject": [r["subject"] for r in rows], "ill": [int(r.get("volume_label", r["label"])) for r in rows], "label": [r["label"] for r in rows], "logit": [r["score"] for r in rows]})
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c019
 PERSON = ("mean", "max")
 
 def people_of(slices, how):
@@ -91,7 +90,7 @@ def choose_person(tables):
     def found(how): return [auroc(p["ill"], p["score"]) for p in (people_of(t, how) for t in tables)]
     return max(PERSON, key=lambda how: np.nan_to_num(np.mean(found(how))))
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c022
+# %% ../../nbs/methods/676_attribution_table.ipynb #c016
 def points_of(cases, kind):
     "One row a person with a known mask: ill, lesions (share of the organ that is lesion), share (of the positive map that lies in lesions; 0 where nothing is positive), sum (of the positive map, mean over slices). Healthy people have no share."
     rows = []
@@ -109,7 +108,7 @@ class Trained:
     slices: pd.DataFrame = field(repr=False)
     maps: dict = field(repr=False)
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c026
+# %% ../../nbs/methods/676_attribution_table.ipynb #c021
 METRICS = {"ap": "voxel AP, pooled", "share": "share of the positive map inside lesions, mean over ill people", "excess": "the same less the share of the organ that is lesion",
            "slice_auroc": "AUROC of slices by the logit", "person_auroc": "AUROC of people", "healthy": "positive attribution in a slice of a healthy person, logits of one temperature"}
 
@@ -126,7 +125,7 @@ class Drawn:
     values: dict = field(repr=False)
     draws: dict = field(repr=False)
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c027
+# %% ../../nbs/methods/676_attribution_table.ipynb #c022
 def _of_logits(slices, names, w, how):
     "AUROC of slices and of people of one training: {metric: (value, draws)}; NaN for a baseline."
     if slices is None: return {m: (math.nan, np.full(len(w), np.nan)) for m in ("slice_auroc", "person_auroc")}
@@ -147,7 +146,7 @@ def _of_maps(histograms, binned, points, names, w, T):
         found[metric] = values.mean(), bootstrap_mean(values, w)
     return found
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c028
+# %% ../../nbs/methods/676_attribution_table.ipynb #c023
 def draw_variants(trained, parts, how="max", n_boot=1000, seed=0):
     "`[Drawn]` of `{variant: [Trained]}` on each of `parts` {part: [subjects]}, all on the same draws of people. `how`: of `people_of`. Errors: `DataError` for trainings with different kinds."
     for name, each in trained.items():
@@ -164,7 +163,7 @@ def draw_variants(trained, parts, how="max", n_boot=1000, seed=0):
                                    {m: np.array([t[m][0] for t in told]) for m in METRICS}, {m: np.array([t[m][1] for t in told]) for m in METRICS}))
     return found
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c031
+# %% ../../nbs/methods/676_attribution_table.ipynb #c024
 def attribution_table(drawn, seed=0):
     "One row a part, variant and kind of `draw_variants`: people, trainings, temperature, and each of `METRICS` with `_low` and `_high`, 95 % over people and trainings."
     rows = []
@@ -176,7 +175,7 @@ def attribution_table(drawn, seed=0):
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c034
+# %% ../../nbs/methods/676_attribution_table.ipynb #c027
 def within(found, margin=0.02):
     "Whether a `Difference` is a loss of at most `margin`: yes or no by its whole interval, else (or under twenty people) undecided."
     if found.n_subjects < FEW or math.isnan(found.low): return "undecided"
@@ -191,7 +190,7 @@ def _differ(a, b, metric, seed, margin, n):
     return {"part": a.part, "kind": "logit" if logit else a.kind, "a": a.variant, "b": b.variant, "metric": metric, "difference": found.estimate, "low": found.low, "high": found.high,
             "probability": found.probability, "verdict": found.verdict, "within": within(found, margin) if logit else ""}
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c035
+# %% ../../nbs/methods/676_attribution_table.ipynb #c028
 def attribution_differences(drawn, margin=0.02, seed=0):
     """One row a part, kind, metric and pair of `draw_variants`: every variant less `plain` (AP, share, healthy; once, as kind `logit`, both AUROCs with `within`), and every trained map less every baseline (AP, share). Trainings of one seed are drawn together.
 
@@ -207,7 +206,7 @@ def attribution_differences(drawn, margin=0.02, seed=0):
         rows += [_differ(d, b, m, seed, margin, d.ill) for b in drawn if math.isnan(b.temperature) and b.part == d.part for m in ("ap", "share")]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c038
+# %% ../../nbs/methods/676_attribution_table.ipynb #c029
 def answers(differences):
     "One row a part, variant and kind of `attribution_differences`: did the constraint raise AP and share without losing AUROC? yes, no, undecided; and the changes themselves."
     rows, own = [], differences[differences["b"] == "plain"]
@@ -221,9 +220,9 @@ def answers(differences):
                          "ap change": ap["difference"], "share change": share["difference"], "auroc change": logit["difference"]})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c041
+# %% ../../nbs/methods/676_attribution_table.ipynb #c032
 def with_and_without(rows, title=None, limits=None):
-    "Rows of dicts (`image` [H,W], `mask` [H,W], `maps` {name: [H,W]}, and `title`, `foreground` if known) -> figure: the image with its truth, then each map on ONE scale. Maps in logits of one temperature. Errors: `DataError` for no rows, or different maps."
+    "Rows of dicts (`image` [H,W], `mask` [H,W], `maps` {name: [H,W]}, and `title`, `foreground` if known) -> figure: the image, then each map on ONE scale, all with the outline of the truth. Maps in logits of one temperature. Errors: `DataError` for no rows, or different maps."
     from matplotlib import cm, colors, pyplot as plt
     from anomaly_nb.viz import ANOMALY, STYLE, TRUTH, map_limits, show_image, show_map
     if not rows or len({tuple(r["maps"]) for r in rows}) > 1: raise DataError("with_and_without", "got no rows, or rows with different maps", "the same maps of each person")
@@ -233,13 +232,13 @@ def with_and_without(rows, title=None, limits=None):
         for line, r in zip(axes, rows):
             show_image(r["image"], line[0], foreground=r.get("foreground")).set_ylabel(r.get("title", ""))
             if np.any(r["mask"]): line[0].contour(np.asarray(r["mask"]) > 0, [0.5], colors=TRUTH, linewidths=1.4)
-            for ax, m in zip(line[1:], r["maps"].values()): show_map(r["image"], m, None, ax, limits, foreground=r.get("foreground"))
-        for ax, name in zip(axes[0], ("truth", *rows[0]["maps"])): ax.set_title(name)
-        fig.colorbar(cm.ScalarMappable(colors.Normalize(*limits), ANOMALY), ax=axes[:, -1].tolist(), extend="both", shrink=0.8)
+            for ax, m in zip(line[1:], r["maps"].values()): show_map(np.zeros(m.shape), m, r["mask"], ax, limits, foreground=r.get("foreground"))        # on black: bright tissue would hide a bright map
+        for ax, name in zip(axes[0], ("image", *rows[0]["maps"])): ax.set_title(name)
+        fig.colorbar(cm.ScalarMappable(colors.Normalize(*limits), ANOMALY), ax=axes[:, -1].tolist(), extend="both", shrink=0.8, label="positive attribution")
         if title: fig.suptitle(title)
     return fig
 
-# %% ../../nbs/methods/676_attribution_table.ipynb #c046
+# %% ../../nbs/methods/676_attribution_table.ipynb #c033
 def lesion_contrast(cases, width=2):
     "How lesions look in the first channel: mean over ill people of the value inside, and within `width` voxels around, in the units of the image (0: mean of the organ). dict(inside, around, people)."
     found = []

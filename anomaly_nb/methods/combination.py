@@ -15,7 +15,7 @@ from ..models.model import Stage, scored
 from ..models.translation import Translation
 from ..models.vae import smooth
 
-# %% ../../nbs/methods/674_combination.ipynb #c007
+# %% ../../nbs/methods/674_combination.ipynb #c006
 class Combination(Translation):
     """A `Translation` whose classifiers learn under the attribution constraint (`weight`; 0: plain ones), and a classifier of clean images beside it. Kinds: `guided`, the translation; `unguided`; `attribution`, positive part of the clean classifier's expected gradients;
     `fused`, guided * attribution; `gated`, translated only where the attribution exceeds what a share `allowed` of the training normals' voxels exceeds, everywhere else the encoded path is kept.
@@ -33,7 +33,7 @@ class Combination(Translation):
     def stages(self): return super().stages() + [Stage("classifier", self.clean, pool="weak", epochs=self.hparams.classifier_epochs, val=None)]
 
     def fit_statistics(self, loader):
-        "References of the attribution, and `tau`, which a share `allowed` of the training normals' voxels exceeds. Of long loaders some 16 to 32 batches are used, evenly over all images."
+        "References of the attribution, and `tau`, which a share `allowed` of the training normals' voxels exceeds. Of 32 batches or more each n-th image is used, evenly: as many as fill 16 to 32 batches."
         self.clean.fit_statistics(loader)
         found, seen, step = [], 0, max(1, len(loader) // 16)
         for batch in loader:
@@ -43,7 +43,7 @@ class Combination(Translation):
         found = torch.cat(found).sort().values
         if len(found): self.tau = found[round((1 - self.hparams.allowed) * (len(found) - 1))].clone()
 
-# %% ../../nbs/methods/674_combination.ipynb #c010
+# %% ../../nbs/methods/674_combination.ipynb #c009
 @patch
 def looked(self: Combination, batch):
     "Positive part of the clean classifier's expected gradients, smoothed: [B,1,*spatial]."
@@ -55,7 +55,7 @@ def gate(self: Combination, batch):
     inside = batch["foreground"]
     return smooth((self.looked(batch) > self.tau).float(), self.hparams.smooth_sigma, inside).clamp(0, 1) * inside
 
-# %% ../../nbs/methods/674_combination.ipynb #c011
+# %% ../../nbs/methods/674_combination.ipynb #c010
 @patch
 def gated(self: Combination, batch, target=0):
     "The images [B,C,*spatial] translated inside the `gate`; outside of it they stay on the encoded path, which ends at the image itself."

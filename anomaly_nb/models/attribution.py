@@ -37,7 +37,7 @@ def integrated(f, x, reference=None, points=16, create_graph=False):
     total = sum(gradient(f, reference + (n + 0.5) / points * (x - reference), create_graph) for n in range(points))
     return (x - reference) * total / points
 
-# %% ../../nbs/models/397_attribution.ipynb #c017
+# %% ../../nbs/models/397_attribution.ipynb #c016
 def expected(f, x, references, draws=8, generator=None, create_graph=False, times_input=True):
     """Expected gradients [B,C,*spatial] (Erion et al. 2021): the mean over `references` x' [R,C,*spatial] and alpha ~ U(0, 1) of (x - x') * d f / d x at x' + alpha (x - x'); without `times_input` of the slope alone.
 
@@ -52,12 +52,12 @@ def expected(f, x, references, draws=8, generator=None, create_graph=False, time
         total = total + ((x - reference) * A if times_input else A)
     return total / draws
 
-# %% ../../nbs/models/397_attribution.ipynb #c021
+# %% ../../nbs/models/397_attribution.ipynb #c020
 def positive(A):
     "The map of an attribution [B,C,*spatial]: its positive part, summed over channels, [B,1,*spatial]."
     return A.clamp_min(0).sum(1, keepdim=True)
 
-# %% ../../nbs/models/397_attribution.ipynb #c028
+# %% ../../nbs/models/397_attribution.ipynb #c027
 FORMS = ("softplus", "squared")
 
 def constraint(A, foreground, form="softplus"):

@@ -66,7 +66,7 @@ def balanced(logit, label):
     each = F.binary_cross_entropy_with_logits(logit, label.to(logit.dtype), reduction="none")
     return torch.stack([each[label == c].mean() for c in label.unique()]).mean()
 
-# %% ../../nbs/models/398_classifier.ipynb #c019
+# %% ../../nbs/models/398_classifier.ipynb #c017
 ATTRIBUTIONS = ("input", "gradient", "expected", "mixed")
 
 def attributed(f, x, logit, chosen, attribution, generator=None):
@@ -83,7 +83,7 @@ def attributed(f, x, logit, chosen, attribution, generator=None):
     A = torch.autograd.grad(logit.sum(), x, create_graph=True)[0]
     return A if attribution == "gradient" else x * A
 
-# %% ../../nbs/models/398_classifier.ipynb #c020
+# %% ../../nbs/models/398_classifier.ipynb #c018
 def weak_loss(f, x, label, foreground, weight=0.0, form="softplus", attribution="input", held=None):
     """`balanced` cross-entropy of the logits f(x) [B] against `label` [B], and `weight` times the `constraint` on the attribution of the healthy images: {loss, classification, constraint}.
 
@@ -96,7 +96,7 @@ def weak_loss(f, x, label, foreground, weight=0.0, form="softplus", attribution=
         if weight and chosen.any(): price = constraint(attributed(f, x, logit, chosen, attribution)[chosen], foreground[chosen], form).mean()
     return {"loss": classification + weight * price, "classification": classification.detach(), "constraint": price.detach()}
 
-# %% ../../nbs/models/398_classifier.ipynb #c025
+# %% ../../nbs/models/398_classifier.ipynb #c021
 class WeakClassifier(AnomalyModel):
     """Healthy or ill, learned from labels of images (pool `weak`), and the attribution of its logit as a map; with `weight` > 0 under the attribution constraint of Wargnier-Dauchelle et al. (2023).
 
@@ -121,7 +121,7 @@ class WeakClassifier(AnomalyModel):
         h = self.hparams
         return weak_loss(self.net, batch["image"] * batch["foreground"], batch["label"], batch["foreground"], h.weight, h.form, h.attribution)
 
-# %% ../../nbs/models/398_classifier.ipynb #c026
+# %% ../../nbs/models/398_classifier.ipynb #c022
 @patch
 def fit_statistics(self: WeakClassifier, loader):
     "Keeps `references` training normals, evenly over the batches; never more than twice as many in memory."
@@ -133,7 +133,7 @@ def fit_statistics(self: WeakClassifier, loader):
             seen += 1
     self.normals = torch.stack(kept)[torch.linspace(0, len(kept) - 1, min(self.hparams.references, len(kept))).round().long()]
 
-# %% ../../nbs/models/398_classifier.ipynb #c027
+# %% ../../nbs/models/398_classifier.ipynb #c023
 @patch
 def logit(self: WeakClassifier, batch):
     "Logit of illness [B], in float32."

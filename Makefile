@@ -27,7 +27,7 @@ demo: .venv/ready  ## environment, embedded cohort, the comparison, report
 test: .venv/ready  ## export check, every notebook, pytest
 	$(BIN)/python -m pytest tests/test_house.py
 	$(BIN)/anomaly-nb data make brain --size tiny --contrast FLAIR
-	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing
+	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing --skip-folder-re '^[_.]|^tutorials'     # pytest executes those, with their exercises
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=10 --ignore=tests/test_house.py
 
 test-system: .venv/ready  ## kills, faults and a real browser

@@ -26,6 +26,7 @@ from .parameters import absolute, check_parameters, experiment_path, run_key
 def _execute(job_file, parent):
     "Executes the job of a JSON file with papermill, in this process, as long as the process `parent` lives; exits with 3 when a cell raised. Called in a child process."
     threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()     # before an import that takes seconds: the parent may be killed in them
+    sys.modules.setdefault("rfc3987_syntax", None)     # jsonschema would build its grammar of web addresses, two seconds for nothing
     import papermill
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:

@@ -188,6 +188,8 @@ def _notes(group):
     commits = sorted({str(r.provenance.get("commit"))[:10] for r in group.runs})
     if len(commits) > 1: notes.append(f"The runs come from {len(commits)} versions of the code ({', '.join(commits)}).")
     if any(r.provenance.get("dirty") for r in group.runs): notes.append("Some runs come from code that was not committed (marked + under provenance).")
+    for r in group.runs:
+        if len(several := r.metrics.get("seeds") or []) > 1: notes.append(f"{r.folder.name} was trained with the seeds {', '.join(map(str, several))}: its own tables join them; ranking, comparisons, curves and cases show the first alone.")
     if group.dataset in UNITS: notes.append(f"Intervals are over {group.unit}: they say how far this test set decides, nothing about a population.")
     return notes
 

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from anomaly_nb.core import InputError
 from anomaly_nb.data.brain import POOLS, Job, Subject, Variant, brain_records, build, misregistration_field, template_locations
@@ -46,6 +48,22 @@ def test_a_killed_build_goes_on(made, tmp_path):
     assert 2 <= len(whole()) < 12, "killed too late to say anything"
     assert make(tmp_path, 1).wait(120) == 0
     assert digests(tmp_path) == digests(made) and not list(tmp_path.rglob(".part-*"))
+
+
+def test_lists_wait_for_a_build_beside_them(made, tmp_path):
+    "A build sweeps away what a killed one left half-written, so nobody else may be writing meanwhile."
+    records = lambda: brain_records("tiny", "FLAIR", pools=("val",), root=tmp_path)  # noqa: E731
+    folder = Path(records()["val"][0].images[0]).parents[1]
+    lists = list((folder/"manifests").glob("*.csv"))
+    assert len(lists) == 1
+    lists[0].unlink()
+    with FileLock(folder/".lock"):
+        beside = Thread(target=records)
+        beside.start()
+        time.sleep(0.5)
+        assert beside.is_alive() and not list((folder/"manifests").iterdir())
+    beside.join(30)
+    assert lists[0].is_file()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from ..core import DataError, ParameterError, choose, rng_of, settings, stable_hash, write_aside
 from . import anatomy, imaging
@@ -238,13 +239,14 @@ def brain_records(size="tiny", contrast="FLAIR", pools=("train", "val", "test"),
 
 # %% ../../nbs/data/130_brain.ipynb #c028
 def _write_lists(folder, variant, records):
-    "One manifest (CSV) a list of records in folder/manifests, and the common locations of template space; nothing is rewritten."
+    "One manifest (CSV) a list of records in folder/manifests, and the common locations of template space; nothing is rewritten. Under the folder's lock: a build beside this one sweeps half-written files away."
+    def listed(pool, found): return folder/"manifests"/f"{found[0].meta['size']}-{found[0].meta['contrast']}-{pool}-{stable_hash([r.files for r in found] + [r.id for r in found], 8)}.csv"
+    lists, common, spacing = {listed(p, f): f for p, f in records.items() if f}, [folder/"locations.nii.gz"]*(variant.space == "template"), float(folder.name.split("mm")[0])
+    if all(file.is_file() for file in (*lists, *common)): return
     try:
-        for pool, found in records.items():
-            file = folder/"manifests"/f"{found[0].meta['size'] if found else 'empty'}-{found[0].meta['contrast'] if found else ''}-{pool}-{stable_hash([r.files for r in found] + [r.id for r in found], 8)}.csv"
-            if found and not file.is_file(): write_manifest(file, found)
-        where = folder/"locations.nii.gz"
-        if variant.space == "template" and not where.is_file():
-            spacing = float(folder.name.split("mm")[0])
-            write_volume(where, template_locations(spacing), grid_affine(spacing))
+        with FileLock(folder/".lock"):
+            for file, found in lists.items():
+                if not file.is_file(): write_manifest(file, found)
+            for file in common:
+                if not file.is_file(): write_volume(file, template_locations(spacing), grid_affine(spacing))
     except OSError as error: raise DataError(folder, f"cannot be written ({error.strerror or error})", "a folder with room and the right to write (settings.ini: [paths] cohorts)") from None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'REQUIRED', 'InputError', 'DataError', 'LeakageError', 'ParameterError', 'SettingsError', 'PoolError',
-           'nearest', 'choose', 'check_sample', 'collate', 'Settings', 'settings_file', 'settings', 'stable_hash',
-           'rng_of', 'seed_everything', 'write_aside', 'write_json', 'track']
+           'nearest', 'some', 'choose', 'check_sample', 'collate', 'Settings', 'settings_file', 'settings',
+           'stable_hash', 'rng_of', 'seed_everything', 'write_aside', 'write_json', 'track']
 
 # %% ../nbs/000_core.ipynb #c003
 import configparser
@@ -47,6 +47,11 @@ def nearest(name, options):
     "The option spelled most like `name`, or None."
     found = difflib.get_close_matches(str(name), [str(o) for o in options], n=1, cutoff=0.5)
     return found[0] if found else None
+
+def some(names, n=5):
+    "The first few of `names` in order, as text, and how many more there are."
+    names = sorted(set(map(str, names)))
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 # %% ../nbs/000_core.ipynb #c010
 def choose(name, options, what="name"):

@@ -164,8 +164,7 @@ def data_hash(parameters):
     "`{pool: hash}` of the data set that the parameters name ({} if none), by content. Makes it where it is missing. Errors: `DataError` (a missing file, a subject in two pools), `ParameterError`."
     if not parameters.get("dataset"): return {}
     from types import SimpleNamespace
-    from anomaly_nb.data.module import check_leakage
-    from anomaly_nb.data.records import records_manifest
+    from anomaly_nb.data.records import check_leakage, records_manifest
     from anomaly_nb.experiment import load_records
     values = absolute(parameters)
     records = load_records(values["dataset"], values.get("size", ""), values.get("contrast", ""), values.get("data_options", ""), values.get("model"), **({"path": values["path"]} if values.get("path") else {}))

@@ -9,12 +9,12 @@ from pathlib import Path
 import house
 
 
-def lighten(png, colours=128, width=1000):
-    "A PNG (base64 text) at most `width` wide, with a palette of `colours`: a third of the size, and no eye sees it."
+def lighten(png, colours=256, width=1000):
+    "A PNG (base64 text) at most `width` wide, with a palette of `colours`: a third of the size. The palette covers rare colours too: a scale's ends, a single point."
     from PIL import Image
     image, small = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
     if image.width > width: image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-    image.quantize(colours, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    image.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode() + "\n" if len(small.getvalue()) < len(base64.b64decode(png)) else png
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Record', 'to_convention', 'plain_affine', 'read_image', 'read_volume', 'write_volume', 'file_of', 'load_record',
-           'file_hash', 'records_manifest', 'write_manifest', 'read_manifest']
+           'file_hash', 'records_manifest', 'check_leakage', 'write_manifest', 'read_manifest']
 
 # %% ../../nbs/data/100_records.ipynb #c003
 import csv
@@ -13,12 +13,13 @@ import gzip
 import json
 import zlib
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from ..core import DataError, check_sample, stable_hash, write_aside
+from ..core import DataError, LeakageError, check_sample, some, stable_hash, write_aside
 from .formats import DICOMS, PICTURES, npz_keys, read_bytes, read_npz, read_picture
 
 # %% ../../nbs/data/100_records.ipynb #c006
@@ -190,6 +191,12 @@ def file_hash(path):
 def records_manifest(records, length=16):
     "Hash of what the records hold: ids, subjects, labels and file contents, in any order and any folder."
     return stable_hash(sorted([r.id, r.subject, r.label, r.mask_known, len(r.images), *map(file_hash, r.files)] for r in records), length)
+
+def check_leakage(pools):
+    "No subject stands in two pools, {name: anything with `subjects`}. Errors: `LeakageError` with the subjects' names."
+    for a, b in combinations(pools, 2):
+        both = set(pools[a].subjects) & set(pools[b].subjects)
+        if both: raise LeakageError(f"pools {a!r} and {b!r}", f"share {len(both)} subject{'s'*(len(both) > 1)}: {some(both)}", "no subject in two pools")
 
 # %% ../../nbs/data/100_records.ipynb #c048
 _COLUMNS = ("id", "subject", "label", "images", "mask", "mask_known", "foreground", "valid", "meta")

@@ -172,16 +172,18 @@ def _panel_row(line, why, case, maps, rows):
 
 # %% ../nbs/718_figures.ipynb #c026
 def histories(group):
-    "`{(label, stage): {seed: table}}` of the trainings of a `Group` that wrote one."
-    found = {}
+    "`{(label, stage, recipe): {seed: table}}` of the trainings of a `Group` that wrote one."
+    found, met = {}, set()
     for m in group.methods:
         for seed, r in m.runs.items():
             file, about = r.folder/"scores"/"history.csv", " ".join(filter(None, [str(r.metrics.get("model", m.label)), str(r.metrics.get("model_options") or "")]))
-            if not file.is_file() or any((r.recipe, seed) in seen for seen in found.values()): continue
+            if not file.is_file() or (r.recipe, seed) in met: continue
             table = pd.read_csv(file)
             if not {"epoch", "train_loss"} <= set(table): continue
-            for stage, part in table.groupby(table["stage"] if "stage" in table else lambda _: ""): found.setdefault((about, str(stage), r.recipe), {})[(r.recipe, seed)] = part
-    return {(about, stage, recipe): {seed: part for (_, seed), part in each.items()} for (about, stage, recipe), each in found.items()}
+            met.add((r.recipe, seed))
+            table = pd.DataFrame({"stage": "", "seed": seed} | dict(table))                  # some runs hold several trainings
+            for (stage, its), part in table.groupby(["stage", "seed"], dropna=False): found.setdefault((about, str(stage), r.recipe), {})[its] = part
+    return found
 
 def training_figure(group, most=12):
     "Loss by epoch, a small plot for each trained model and stage, a line for each seed, solid on training data and dashed on validation -> `(figure, how many are left out)`; `(None, 0)` where nothing was trained."

@@ -73,4 +73,5 @@ def draw_losses(run, history, who):
     curves = pd.DataFrame(history)
     run.table(curves, "history")
     for stage, part in curves.groupby("stage"):
-        run.figure(viz.show_curves({"train": (part["epoch"], part["train_loss"]), "validation": (part["epoch"], part["val_loss"])}, "epoch", "loss", f"{who}: {stage}"), f"loss-{stage}")
+        curves = {name: (part["epoch"], part[column]) for name, column in (("train", "train_loss"), ("validation", "val_loss")) if part[column].notna().any()}
+        run.figure(viz.show_curves(curves, "epoch", "loss", f"{who}: {stage}"), f"loss-{stage}")

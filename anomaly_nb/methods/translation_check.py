@@ -158,7 +158,8 @@ def check_batches(dataset, slices=8, batch_size=32, needed=("ill", "healthy")):
         own = np.flatnonzero(subjects == who)
         ill = bool(labels[own].any())
         fit = own[labels[own] > 0] if ill else own if shares is None else own[shares[own] >= 0.05]
-        if len(fit): fit = [dataset[int(i)] for i in fit[((np.arange(most := min(slices, len(fit))) + 0.5) * len(fit) / most).astype(int)]]
+        most = min(slices, len(fit))
+        fit = [dataset[int(i)] for i in fit[((np.arange(most) + 0.5) * len(fit) / max(most, 1)).astype(int)]]
         groups[int(ill)] += [s for s in fit if s["mask_known"] or not ill]
     wanted = {name: groups[int(name == "ill")] for name in needed}
     for name, part in wanted.items():

@@ -67,11 +67,13 @@ def draw_results(run, cases, subjects, images, mapped, methods, cohort):
     return figures
 
 # %% ../nbs/714_measurement.ipynb #c024
-def draw_losses(run, history, who):
-    "Saves the history of a training as a table and one loss curve a stage."
+def draw_losses(run, history, who, stages=None):
+    "Saves the history of a training as a table and one loss curve a stage (of `stages`, default all). Of several trainings (rows with a `seed`) the table has all, and the figure of a stage the first."
     if not history: return
     curves = pd.DataFrame(history)
     run.table(curves, "history")
     for stage, part in curves.groupby("stage"):
-        curves = {name: (part["epoch"], part[column]) for name, column in (("train", "train_loss"), ("validation", "val_loss")) if part[column].notna().any()}
-        run.figure(viz.show_curves(curves, "epoch", "loss", f"{who}: {stage}"), f"loss-{stage}")
+        if stages is not None and stage not in stages: continue
+        if "seed" in part: part = part[part["seed"] == part["seed"].iloc[0]]
+        lines = {name: (part["epoch"], part[column]) for name, column in (("train", "train_loss"), ("validation", "val_loss")) if part[column].notna().any()}
+        run.figure(viz.show_curves(lines, "epoch", "loss", f"{who}: {stage}"), f"loss-{stage}")

@@ -50,9 +50,9 @@ def test_a_killed_build_goes_on(made, tmp_path):
     assert digests(tmp_path) == digests(made) and not list(tmp_path.rglob(".part-*"))
 
 
-def test_lists_wait_for_a_build_beside_them(made, tmp_path):
+def test_lists_wait_for_a_build_beside_them(tmp_path):
     "A build sweeps away what a killed one left half-written, so nobody else may be writing meanwhile."
-    records = lambda: brain_records("tiny", "FLAIR", pools=("val",), root=tmp_path)  # noqa: E731
+    def records(): return brain_records("tiny", "FLAIR", pools=("val",), root=tmp_path)
     folder = Path(records()["val"][0].images[0]).parents[1]
     lists = list((folder/"manifests").glob("*.csv"))
     assert len(lists) == 1

@@ -16,13 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from ..core import DataError, ParameterError, choose, rng_of, settings, stable_hash, write_aside
 from . import anatomy, imaging
 from .anatomy import SITES, TISSUE_VALUES, band_field, draw_person, grid_affine, grid_offsets, map_from_template, map_to_template, read_at, refine, subject_anatomy, template_maps
 from .imaging import draw_scan, form_image
-from .jobs import build_jobs, code_of
+from .jobs import build_jobs, code_of, writing
 from .records import Record, write_manifest, write_volume
 
 # %% ../../nbs/data/130_brain.ipynb #c005
@@ -239,14 +238,13 @@ def brain_records(size="tiny", contrast="FLAIR", pools=("train", "val", "test"),
 
 # %% ../../nbs/data/130_brain.ipynb #c028
 def _write_lists(folder, variant, records):
-    "One manifest (CSV) a list of records in folder/manifests, and the common locations of template space; nothing is rewritten. Under the folder's lock: a build beside this one sweeps half-written files away."
+    "One manifest (CSV) a list of records in folder/manifests, and the common locations of template space; nothing is rewritten."
     def listed(pool, found): return folder/"manifests"/f"{found[0].meta['size']}-{found[0].meta['contrast']}-{pool}-{stable_hash([r.files for r in found] + [r.id for r in found], 8)}.csv"
-    lists, common, spacing = {listed(p, f): f for p, f in records.items() if f}, [folder/"locations.nii.gz"]*(variant.space == "template"), float(folder.name.split("mm")[0])
-    if all(file.is_file() for file in (*lists, *common)): return
-    try:
-        with FileLock(folder/".lock"):
-            for file, found in lists.items():
-                if not file.is_file(): write_manifest(file, found)
-            for file in common:
-                if not file.is_file(): write_volume(file, template_locations(spacing), grid_affine(spacing))
-    except OSError as error: raise DataError(folder, f"cannot be written ({error.strerror or error})", "a folder with room and the right to write (settings.ini: [paths] cohorts)") from None
+    lists, where, wanted = {listed(p, f): f for p, f in records.items() if f}, folder/"locations.nii.gz", variant.space == "template"
+    if all(file.is_file() for file in lists) and (where.is_file() or not wanted): return
+    with writing(folder):
+        for file, found in lists.items():
+            if not file.is_file(): write_manifest(file, found)
+        if wanted and not where.is_file():
+            spacing = float(folder.name.split("mm")[0])
+            write_volume(where, template_locations(spacing), grid_affine(spacing))

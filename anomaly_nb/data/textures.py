@@ -19,13 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import skimage
-from filelock import FileLock
 from PIL import Image
 from scipy import ndimage
 
 from ..core import DataError, ParameterError, choose, rng_of, settings, stable_hash, write_aside
 from .formats import read_picture
-from .jobs import build_jobs
+from .jobs import build_jobs, writing
 from .mvtec import mvtec_records
 from .records import Record
 from .transforms import resize_weights
@@ -212,15 +211,12 @@ def build(folder, category, *what):
     "Makes a category's folder when it is missing or damaged, under a lock: whole or not at all. Errors: `DataError` naming the folder."
     place = folder/category
     if is_whole(place): return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder/".lock"):
-            if is_whole(place): return
-            aside = folder/f".part-{category}"
-            for rest in (aside, place): shutil.rmtree(rest, ignore_errors=True)  # left by a build that was killed, or damaged
-            write_category(aside, category, *what)
-            os.replace(aside, place)
-    except OSError as error: raise DataError(folder, f"cannot be written ({error.strerror or error})", "a folder with room and the right to write (settings.ini: [paths] cohorts)") from None
+    with writing(folder):
+        if is_whole(place): return
+        aside = folder/f".part-{category}"
+        for rest in (aside, place): shutil.rmtree(rest, ignore_errors=True)  # left by a build that was killed, or damaged
+        write_category(aside, category, *what)
+        os.replace(aside, place)
 
 # %% ../../nbs/data/174_textures.ipynb #c031
 def texture_records(size="tiny", category="brick", pools=("train", "val", "test"), defect_contrast=1.0, defect_size=1.0, seed=0, root=None):

@@ -37,7 +37,8 @@ def judged_images(model, judge, batches, gated=False):
         seen, whole = on_device(without_truth(batch), device), on_device(batch, device)
         x, inside = whole["image"].float(), whole["foreground"]
         lesion = whole["mask"] & inside & whole["valid"] & whole["mask_known"].view(-1, *[1] * (x.ndim - 1))
-        near = (getattr(F, f"max_pool{x.ndim - 2}d")(whole["mask"].float(), 5, 1, 2) > 0) & inside & ~whole["mask"]          # two voxels around
+        pool = F.max_pool2d if x.ndim == 4 else F.max_pool3d
+        near = (pool(whole["mask"].float(), 5, 1, 2) > 0) & inside & ~whole["mask"]          # two voxels around
         sign = (masked_mean(x, lesion) - masked_mean(x, near)).sign()
         for way, how in ({"before": None} | WAYS).items():
             y = x if how is None else model.gated(seen, how["target"]) if gated and "target" in how else model.translate(seen, **how)
@@ -82,17 +83,18 @@ LEFT = "contrast of lesions that is left"
 
 def quantities(images, names, weights):
     "{(quantity, way): (estimate, draws [n_boot])} of the rows of `judged_images`; `weights` [n_boot, people] of the sorted `names`."
-    found = {}
+    found, stood = {}, {}
+    def over(a, b):
+        with np.errstate(invalid="ignore", divide="ignore"): return tuple(np.divide(x, y) for x, y in zip(a, b))
     for way, part in images.groupby("way", sort=False):
         groups = {1: part[part["label"] == 1], 0: part[part["label"] == 0]}
         def mean(label, values): return mean_over_people(values, groups[label]["subject"], names, weights)
         found |= {(JUDGED, way): mean(1, groups[1]["judge"]), (OWN, way): mean(1, groups[1]["own"]), (KEPT, way): mean(0, groups[0]["judge"])}
-        stood = [mean(1, p[p["label"] == 1]["contrast"] / p[p["label"] == 1]["spread"]) for p in (part, images[images["way"] == "before"])]
-        with np.errstate(invalid="ignore", divide="ignore"): found[LEFT, way] = tuple(np.divide(a, b) for a, b in zip(*stood))
+        stood[way] = mean(1, groups[1]["contrast"] / groups[1]["spread"])
         if way == "before": continue
         lesion, elsewhere, healthy = mean(1, groups[1]["lesion"] / groups[1]["spread"]), mean(1, groups[1]["elsewhere"] / groups[1]["spread"]), mean(0, groups[0]["change"] / groups[0]["spread"])
-        with np.errstate(invalid="ignore", divide="ignore"): found |= {(RATIO, way): tuple(np.divide(a, b) for a, b in zip(lesion, elsewhere)), (SHARE, way): tuple(np.divide(a, b) for a, b in zip(healthy, lesion))}
-        found[CHANGED, way] = healthy
+        found |= {(RATIO, way): over(lesion, elsewhere), (SHARE, way): over(healthy, lesion), (CHANGED, way): healthy}
+    found |= {(LEFT, way): over(one, stood["before"]) for way, one in stood.items()}
     return {k: v for k, v in found.items() if not np.isnan(v[0])}
 
 def holds(found, way, allowed=1 / 3):

@@ -20,7 +20,7 @@ from ..core import DataError
 # %% ../../nbs/data/102_formats.ipynb #c006
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")   # endings of pictures
 DICOMS = (".dcm", ".dicom")                                     # endings of DICOM pictures (read by 180_dicom)
-ENDINGS = (".nii", ".nii.gz", *PICTURES, *DICOMS, ".npz")       # endings of everything that can be read
+ENDINGS = (".nii", ".nii.gz", ".mha", *PICTURES, *DICOMS, ".npz")   # endings of everything that can be read (.mha by 103_metaimage)
 
 def ending(path):
     "The ending of `ENDINGS` that a file name has, in lower case; \"\" if none."

@@ -46,7 +46,8 @@ def hide(sample, pool):
     if pool not in _HIDDEN: return sample
     meta = {k: v for k, v in sample["meta"].items() if k in _META or (k == "volume_label" and pool == "weak")}
     sample = sample | dict(mask=np.zeros_like(sample["mask"]), valid=np.ones_like(sample["valid"]), mask_known=False, meta=meta)
-    return sample | dict(label=0) if pool == "unlabelled" else sample
+    if pool == "unlabelled": sample = sample | dict(label=0) | ({"instances": {k: v[:0] for k, v in sample["instances"].items()}} if "instances" in sample else {})
+    return sample
 
 # %% ../../nbs/data/160_module.ipynb #c013
 class Pool(Dataset):
@@ -210,12 +211,13 @@ class Union(ConcatDataset):
 
 # %% ../../nbs/data/160_module.ipynb #c029
 @patch
-def loader(self: AnomalyDataModule, pool, task=False, shuffle=False, batch_size=None, workers=None):
-    "A `DataLoader` of collated batches from one pool, or from a union such as `train+unlabelled`; with `task=True` the module's task is applied. Errors: `ParameterError`, `PoolError`."
+def loader(self: AnomalyDataModule, pool, task=False, shuffle=False, batch_size=None, workers=None, balanced=False):
+    "A `DataLoader` of collated batches from one pool, or from a union such as `train+unlabelled` (`balanced`: the smaller of them repeated, so that each has the same share); with `task=True` the module's task is applied. Errors: `ParameterError`, `PoolError`."
     names = pools_of(pool)
     self.require(names, "loader")
     parts, chosen = zip(*(self.offered(name, task) for name in names))
     dataset = Union(parts) if len(parts) > 1 else parts[0]
+    if balanced: chosen = [np.resize(which, max(map(len, chosen))) for which in chosen]
     which = np.concatenate([which + dataset.begin(part) for part, which in enumerate(chosen)]) if len(parts) > 1 else chosen[0]
     fixed, split = pool in _FIXED and not (task and self.resample_val), sum(POOLS.index(n) * len(POOLS)**i for i, n in enumerate(names))
     sampler, workers = EpochSampler(which, shuffle, self.seed, split, fixed=fixed), self.workers if workers is None else workers

@@ -82,7 +82,7 @@ def plain_affine(spacing=(1., 1., 1.)):
     return affine
 
 def read_image(path, spacing=None, key="image"):
-    "A NIfTI file, picture, DICOM picture or npz (array `key`) -> ([C,D,H,W] float32, affine 4x4 of (d,h,w,1) -> RAS mm). `spacing` (z,y,x) mm: for files without one. Errors: `DataError`."
+    "A NIfTI file, MetaImage, picture, DICOM picture or npz (array `key`) -> ([C,D,H,W] float32, affine 4x4 of (d,h,w,1) -> RAS mm). `spacing` (z,y,x) mm: for files without one. Errors: `DataError`."
     ending = Path(path).suffix.lower()
     if ending in DICOMS:
         from anomaly_nb.data.dicom import read_dicom                  # pydicom is only imported for such a file
@@ -94,7 +94,10 @@ def read_image(path, spacing=None, key="image"):
         if affine is None: return channels, plain_affine(its_spacing if its_spacing is not None else (1., 1., 1.) if spacing is None else spacing)
         turned = [to_convention(c, affine) for c in channels]
         return np.stack([c for c, _ in turned]), turned[0][1]
-    array, affine = _read_nifti(path)
+    if ending == ".mha":
+        from anomaly_nb.data.metaimage import read_mha                # and SimpleITK only for such a one
+        array, affine = read_mha(path)
+    else: array, affine = _read_nifti(path)
     return array[None], affine
 
 # %% ../../nbs/data/100_records.ipynb #c021

@@ -143,7 +143,7 @@ def _run_stage(model, stage, data, history, resume, *, trainer_settings, deadlin
         _save_resume(resume, trainer, module, history, choice)
         saved_at = time.monotonic()
 
-    train = data.loader(stage.pool, task=stage.task, shuffle=True)
+    train = data.loader(stage.pool, task=stage.task, shuffle=True, **({"balanced": True} if stage.balanced else {}))
     val = data.loader(stage.val, task=stage.task) if stage.val in data.pools else None
     if hasattr(getattr(train, "sampler", None), "set_epoch"): train.sampler.set_epoch(begin)   # workers may start to read before Lightning says which epoch it is
     callbacks.append(_Watched(who, stage, seed, history, deadline, on_epoch, save if resume else None, begin, choice))

@@ -80,6 +80,7 @@ class Stage:
     val: str = "val"         # pool of the validation loss; None: no validation
     best: bool = False       # at the end, put back the weights of the epoch with the lowest validation loss
     patience: int = 0        # stop after so many optimiser steps without a lower validation loss; 0: never
+    balanced: bool = False   # of a union of pools, repeat the smaller one: each has the same share of the samples
 
 # %% ../../nbs/models/300_model.ipynb #c024b
 def arguments_of(model):

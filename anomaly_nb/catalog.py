@@ -103,6 +103,8 @@ MODELS = {
     "constrained": Entry("anomaly_nb.models.classifier:WeakClassifier", "the same, forbidden to find anything in healthy images (attribution constraint)", {"weight": 0.01}, needs=("train", "weak"), approach="weak labels", exempt=_LABELS),
     "translation": Entry("anomaly_nb.models.translation:Translation", "diffusion model guided by a classifier towards healthy: what changed", needs=("train", "weak"), approach="weak labels", exempt=_SAMPLED),
     "translation-free": Entry("anomaly_nb.models.translation:FreeTranslation", "the same without a classifier: a denoiser that is told the class", needs=("train", "weak"), approach="weak labels", exempt=_SAMPLED),
+    "spine": Entry("anomaly_nb.methods.spine_multitask:SpineMultitask", "finds, names and grades vertebrae, from few and uncertain annotations of them: P(ill) of each, and its attribution", needs=("weak",), approach="weak labels",
+                   exempt=_LABELS | {"bf16:grade": "which faint maximum counts as a vertebra flips", "bf16:attribution": "the same"}),
     "combination": Entry("anomaly_nb.methods.combination:Combination", "translation guided by a constrained classifier, times its attribution, or only where that points", needs=("train", "weak"), approach="weak labels", exempt=_SAMPLED | {"bf16:gated": "a voxel at the gate's threshold is translated or kept"}),
 }
 DATASETS = {
@@ -111,9 +113,11 @@ DATASETS = {
     "textures": Entry("anomaly_nb.data.textures:texture_records", "embedded cohort: photographs of brick, grass and gravel with drawn defects, in MVTec AD's layout"),
     "mvtec": Entry("anomaly_nb.data.mvtec:mvtec_records", "MVTec AD, industrial pictures: path=FOLDER data_options=\"category=bottle\""),
     "chest": Entry("anomaly_nb.data.chest:chest_records", "embedded cohort: chest X-rays with nodules, effusions, consolidations and large hearts, as DICOM in VinDr-CXR's layout"),
+    "spine": Entry("anomaly_nb.data.spine:spine_records", "embedded cohort: lumbar spines with graded vertebrae in SPIDER's format; one picture a vertebra, or (view=spine) whole stacks"),
     "torso": Entry("anomaly_nb.data.torso:torso_records", "embedded: small volumes of torsos in MOOD's layout, a source of foreign tissue"),
     "photos": Entry("anomaly_nb.data.textures:photo_records", "embedded: grey photographs, a source of foreign patches for pictures"),
     "vindr": Entry("anomaly_nb.data.vindr:vindr_records", "VinDr-CXR, chest X-rays: path=FOLDER"),
+    "spider": Entry("anomaly_nb.data.spine_set:spider_view", "SPIDER, lumbar spine MRI: path=FOLDER; one picture a vertebra, or (view=spine) whole stacks"),
     "mood": Entry("anomaly_nb.data.torso:mood_records", "MOOD, healthy abdomens, a source of foreign tissue: path=FOLDER"),
     "folder": Entry("anomaly_nb.data.folder:folder_records", "your own scans: path=FOLDER, or path=MANIFEST.csv"),
 }

@@ -248,12 +248,12 @@ def test_a_subject_folder_names_the_subject(tmp_path):
 
 @pytest.mark.parametrize("files,said", [
     (["trian/a.png", "test/x/b.png"], "neither train/ nor normal/|trian"), (["train/a.png", "tests/x/b.png"], "did you mean 'test'"), (["train/a.png", "b.png"], "b.png: lies beside"),
-    (["train/a.png", "train/c.png", "test/b.png"], "b.png: lies directly in test"), (["a.png", "b_mask.png"], "b_mask.png: belongs to no image"), (["a.mha", "b.mha"], "holds no image .2 .mha"),
+    (["train/a.png", "train/c.png", "test/b.png"], "b.png: lies directly in test"), (["a.png", "b_mask.png"], "b_mask.png: belongs to no image"), (["a.nrrd", "b.nrrd"], "holds no image .2 .nrrd"),
     ([f"{p}/{n}.png" for p, n in (("train", "a"), ("train", "b"), ("val", "c"), ("test/good", "a"))], "subject 'a' is in 'train' here and in 'test' at .*good/a.png"), (["a.png", "b.png"], "has 2 normal"),
     (["train/a.png", "train/b.png", "train/x/y/z.png", "test/good/q.png"], "lies too deep"), (["train/a.png", "train/a_mask.png", "val/b.png", "test/good/c.png"], "a.png: is anomalous and stands in 'train'")])
 def test_a_folder_that_is_not_understood_says_what_was_expected(tmp_path, files, said):
     for i, name in enumerate(files):
-        if name.endswith(".mha"): (tmp_path / name).write_bytes(b"ObjectType = Image")
+        if name.endswith(".nrrd"): (tmp_path / name).write_bytes(b"ObjectType = Image")
         else: png(tmp_path / name, i, mask=1 if "_mask" in name else None)
     with pytest.raises((DataError, ParameterError), match=said): folder_records(tmp_path)
 

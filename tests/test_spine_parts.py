@@ -162,6 +162,7 @@ def test_chain_does_not_see_a_shift_of_all_levels_when_ends_are_free():
 def test_order_upwards():
     centres = np.array([[30.0, 1], [10, 2], [30, 3], [20, 0]])
     assert order_upwards(centres).tolist() == [1, 3, 0, 2] and order_upwards(torch.tensor(centres), axis=-1).tolist() == [3, 0, 1, 2]
+    assert order_upwards(centres, axis=-2, rising=False).tolist() == [0, 2, 3, 1]                  # rows that run downwards; ties keep their order
 
 
 # ---- instances

@@ -81,7 +81,7 @@ class Job:
     @property
     def truth(self): return Path(self.folder)/"truth"/f"{self.name}.json"
 
-    def files(self): return [self.path("images"), self.path("masks"), self.path("loose"), self.truth, *([self.path("truth")] if self.someone.ill else [])]
+    def files(self): return [self.path("images"), self.path("masks"), self.path("loose"), self.path("findings"), self.truth, *([self.path("truth")] if self.someone.ill else [])]
 
 def grid_of(spine, rng, pixel, thickness, slices):
     "Coordinates z, y, x (mm from S1) of a field of view of 272 x 144 mm that holds the spine."
@@ -148,10 +148,12 @@ def make_patient(job):
     rng, spacing = rng_of("spine loose", *key), (job.pixel, job.pixel, job.thickness)
     loose = np.zeros_like(labels)
     for code in [int(c) for c in np.unique(labels) if c]: loose[loosen(labels == code, rng, spacing) & (loose == 0)] = code
+    findings = np.where(loosen(mask, rng, spacing, 1.0, 1.0, 1.0), 1, 0).astype(np.uint8)
     order, flips, affine = header_of(labels.shape, spacing, rng_of("spine header", *key))
     write_mha(job.path("images"), stored(np.rint(1000*image).astype(np.int16), order, flips), affine)
     write_mha(job.path("masks"), stored(labels, order, flips), affine)
     write_mha(job.path("loose"), stored(loose, order, flips), affine)
+    write_mha(job.path("findings"), stored(findings, order, flips), affine)
     if job.someone.ill: write_mha(job.path("truth"), stored(mask.astype(np.uint8), order, flips), affine)
     person, disease = patient["spine"].person, patient["disease"]
     discs = sorted(int(c) - 200 for c in np.unique(labels) if c > 200)
@@ -184,7 +186,7 @@ def cohort_folder(size, dials, seed=0, root=None):
 def labelled(truth, labels, said):
     "`meta[\"vertebrae\"]` of one person: what the raters said, what the table of discs implies (two grades), or the truth. `said` {patient: votes, or rows of discs}."
     mine = said.get(str(truth["number"]))
-    if labels == "discs": return vertebra_labels(mine or [], truth["codes"])[0]
+    if labels == "discs": return vertebra_labels([] if mine is None else mine, truth["codes"])[0]
     if labels == "raters": return vote_labels(mine or {}, truth["codes"], GRADES)[0]
     return [{"id": int(k), "label": np.eye(GRADES)[grade].tolist(), "weight": 1.0, "votes": []} for k, grade in truth["grades"].items()]
 
@@ -193,7 +195,7 @@ def _said(folder, labels):
     if labels == "truth": return {}
     if labels == "raters": return read_raters(folder/"raters.csv", GRADES)[0]
     rows = read_gradings(folder/"radiological_gradings.csv")[0]
-    return {p: [r for r in rows if r["patient"] == p] for p in {r["patient"] for r in rows}}
+    return {p: own for p, own in rows.groupby("Patient")}
 
 # %% ../../nbs/data/192_spine.ipynb #c017
 def spine_records(size="tiny", contrast="T2", pools=("train", "val", "test"), view="vertebrae", labels="raters", outline="exact", lesion_contrast=1.0, shortcut=0.0, rater_noise=1.0, seed=0, root=None, processes=0):
@@ -217,5 +219,5 @@ def record_of(job, labels, said, size, dials):
     "The `Record` of one person: image, lesion mask (the truth), and in `meta` the label maps and `labelled` vertebrae."
     truth = json.loads(job.truth.read_text(encoding="utf-8"))
     who = job.someone
-    meta = {"family": "spondyloarthritis" if who.ill else "healthy", "site": "cut" if truth["cut"] else "full", "contrast": job.contrast, "cohort": "embedded spine", "size": size, "pool": who.pool, "age": truth["age"], "sex": "F" if truth["female"] else "M", "regions": str(job.path("masks")), "loose": str(job.path("loose")), "grades": truth["grades"], "spots": truth["spots"], "vertebrae": labelled(truth, labels, said), **{k: v for k, v in dials.items() if k != "contrast"}}
+    meta = {"family": "spondyloarthritis" if who.ill else "healthy", "site": "cut" if truth["cut"] else "full", "contrast": job.contrast, "cohort": "embedded spine", "size": size, "pool": who.pool, "age": truth["age"], "sex": "F" if truth["female"] else "M", "regions": str(job.path("masks")), "loose": str(job.path("loose")), "findings": str(job.path("findings")), "grades": truth["grades"], "spots": truth["spots"], "vertebrae": labelled(truth, labels, said), **{k: v for k, v in dials.items() if k != "contrast"}}
     return Record(job.name, str(who.number), (str(job.path("images")),), int(who.ill), str(job.path("truth")) if who.ill else None, meta=meta)

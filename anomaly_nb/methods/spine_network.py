@@ -55,8 +55,8 @@ def windows(centres, shape, spacing, radii=None):
         total = total + d.reshape(*d.shape[:2], *[-1 if a == axis else 1 for a in range(dim)])
     return torch.sigmoid((1 - total**.25)/.1)
 
-def pooled(features, centres, spacing, radii=None):
-    "f_v [B,K,2C]: mean and maximum of features [B,C,*spatial] under the windows around `centres` [B,K,dim] mm. Only the box around each window is looked at; the image ends where it ends."
+def pooled(features, centres, spacing, gate=None, radii=None):
+    "f_v [B,K,2C]: mean and maximum of features [B,C,*spatial] under the windows around `centres` [B,K,dim] mm, times `gate` [B,1,*spatial] if given. Only the box around each window is looked at; the image ends where it ends."
     dim, radii, grids, axes = centres.shape[-1], radii or WINDOW[centres.shape[-1]], [], []
     for axis, (n, s, r) in enumerate(zip(features.shape[2:], spacing, radii)):
         reach = min(int(1.3*r/s) + 1, n)
@@ -66,15 +66,17 @@ def pooled(features, centres, spacing, radii=None):
     def wide(a, axis): return a.reshape(*a.shape[:2], *[-1 if b == axis else 1 for b in range(dim)])
     m = torch.sigmoid((1 - sum(wide(a**4, axis) for axis, a in enumerate(axes))**.25)/.1)[..., None].to(features.dtype)      # [B,K,h,w,1]
     rows = torch.arange(len(features), device=features.device).view(-1, *[1]*(dim + 1))
-    f = features.movedim(1, -1)[(rows, *(wide(g, axis) for axis, g in enumerate(grids)))]                # [B,K,h,w,C]
+    where = (rows, *(wide(g, axis) for axis, g in enumerate(grids)))
+    f = features.movedim(1, -1)[where]                                                                   # [B,K,h,w,C]
+    if gate is not None: m = m*gate.to(features.dtype).movedim(1, -1)[where]
     space = tuple(range(2, 2 + dim))
     return torch.cat([(m*f).sum(space)/m.sum(space).clamp_min(1e-6), (m*f).amax(space)], 2)
 
 # %% ../../nbs/methods/684_spine_network.ipynb #c007
-STRUCTURES = ("vertebra", "disc", "canal")                    # channels of the segmentation
+STRUCTURES = ("vertebra", "disc", "canal", "lesion")          # channels of the segmentation
 
 class SpineNet(nn.Module):
-    """The network: [B,channels,*spatial] -> dict(features, heat [B,levels,*spatial] logits, structures [B,3,*spatial] logits); `grade` and `denoise` on request.
+    """The network: [B,channels,*spatial] -> dict(features, heat [B,levels,*spatial] logits, structures [B,4,*spatial] logits); `grade` and `denoise` on request.
 
     classes: grades; levels: numbers of vertebrae that are told apart; heteroscedastic: each logit has a variance."""
     def __init__(self, channels=1, spatial_dims=2, classes=3, levels=12, widths=(16, 32, 48, 64), heteroscedastic=False):
@@ -91,9 +93,9 @@ class SpineNet(nn.Module):
         f = self.decoder(self.encoder(x))
         return {"features": f, "heat": self.heat(f), "structures": self.structures(f)}
 
-    def grade(self, features, centres, spacing):
+    def grade(self, features, centres, spacing, gate=None):
         "Logits [B,K,classes] (heteroscedastic: [B,K,2 classes], means then log-variances) of vertebrae at `centres` [B,K,dim] mm."
-        return self.head(pooled(features, centres, spacing))
+        return self.head(pooled(features, centres, spacing, gate))
 
     def denoise(self, x):
         "The image that the second decoder makes of a damaged one."

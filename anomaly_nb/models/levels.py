@@ -11,12 +11,12 @@ import numpy as np
 from ..core import ParameterError
 
 # %% ../../nbs/models/367_levels.ipynb #c006
-def order_upwards(centres, axis=0):
-    "Indices int [N] that order centres [N,dim] mm from the bottom upwards: rising along `axis` (0 is z in [D,H,W], and grows to the Superior); ties keep their order. Errors: `ParameterError`."
+def order_upwards(centres, axis=0, rising=True):
+    "Indices int [N] that order centres [N,dim] mm from the bottom upwards: along `axis`, which grows upwards (`rising`: z, the first of [D,H,W]) or downwards (rows of a sagittal picture: axis=-2, rising=False); ties keep their order. Errors: `ParameterError`."
     centres = np.asarray(centres, float)
     if centres.ndim != 2 or not -centres.shape[1] <= axis < centres.shape[1]: raise ParameterError("order_upwards", f"centres {centres.shape}, axis {axis}", "[N,dim] and one of its axes")
     if np.isnan(centres).any(): raise ParameterError("order_upwards", "a centre is NaN", "finite mm")
-    return np.argsort(centres[:, axis], kind="stable")
+    return np.argsort(centres[:, axis] if rising else -centres[:, axis], kind="stable")
 
 # %% ../../nbs/models/367_levels.ipynb #c009
 def _checked(scores, reject, gap):

@@ -24,6 +24,7 @@ class Entry:
     needs: tuple = ("train",)                      # pools of data a model trains on
     dims: tuple = (2, 3)                           # spatial dimensions it works in
     task: str = ""                                 # the synthetic or pretext task that its training needs, an entry of TASKS
+    instances: bool = False                        # learns from annotated instances (vertebrae): samples without them are refused
     baseline: bool = False                         # a trivial or no-learning method: stands beside the others in every table
     approach: str = ""                             # of a model: one of APPROACHES, under which reports group it
     exempt: dict = field(default_factory=dict)     # name of a shared check -> reason
@@ -103,7 +104,7 @@ MODELS = {
     "constrained": Entry("anomaly_nb.models.classifier:WeakClassifier", "the same, forbidden to find anything in healthy images (attribution constraint)", {"weight": 0.01}, needs=("train", "weak"), approach="weak labels", exempt=_LABELS),
     "translation": Entry("anomaly_nb.models.translation:Translation", "diffusion model guided by a classifier towards healthy: what changed", needs=("train", "weak"), approach="weak labels", exempt=_SAMPLED),
     "translation-free": Entry("anomaly_nb.models.translation:FreeTranslation", "the same without a classifier: a denoiser that is told the class", needs=("train", "weak"), approach="weak labels", exempt=_SAMPLED),
-    "spine": Entry("anomaly_nb.methods.spine_multitask:SpineMultitask", "finds, names and grades vertebrae, from few and uncertain annotations of them: P(ill) of each, and its attribution", needs=("weak",), approach="weak labels",
+    "spine": Entry("anomaly_nb.methods.spine_multitask:SpineMultitask", "finds, names and grades vertebrae, from few and uncertain annotations of them: P(ill) of each, and its attribution", needs=("weak",), approach="weak labels", instances=True,
                    exempt=_LABELS | {"bf16:grade": "which faint maximum counts as a vertebra flips", "bf16:attribution": "the same"}),
     "combination": Entry("anomaly_nb.methods.combination:Combination", "translation guided by a constrained classifier, times its attribution, or only where that points", needs=("train", "weak"), approach="weak labels", exempt=_SAMPLED | {"bf16:gated": "a voxel at the gate's threshold is translated or kept"}),
 }

@@ -76,7 +76,7 @@ KEYS = {
     "target":        "[1,*spatial] float32 in [0,1]: a task's soft label (training only)",
     "pretext":       "int: class of a pretext task (training only)",
     "positive":      "[C,*spatial] float32: a paired image (training only)",
-    "instances":     "dict of arrays with a leading K: ids, centres in mm, label distributions, weights, present flags",
+    "instances":     "dict of arrays with a leading K: ids, centres in mm, label distributions, weights, votes of raters, regions (0 out, 1 in, 2 not known), present flags",
     "anomaly_map":   "[1,*spatial] float32: higher is more anomalous",
     "anomaly_score": "float32: one number an image",
     "embedding":     "[D] or [D,*grid] float32, for detectors",

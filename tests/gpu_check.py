@@ -31,8 +31,21 @@ def spoilt(batch):
     return {"clean": batch["image"], "image": batch["image"] + 2 * box, "target": box, "pretext": torch.arange(len(box)) % 3}
 
 
+def annotated(n, shape):
+    "`instances` of n images: three vertebrae, one above the other, the middle one ill."
+    import torch
+    spacing, regions = (2.0, 2.0) if len(shape) == 2 else (5.0, 2.0, 2.0), torch.zeros(n, 3, *shape, dtype=torch.uint8)
+    rows = [int(shape[-2] * share) for share in (0.75, 0.5, 0.25)]
+    for k, row in enumerate(rows): regions[:, k][(..., slice(row - 2, row + 3), slice(shape[-1] // 3, 2 * shape[-1] // 3))] = 1
+    middle = [*([shape[0] // 2] if len(shape) == 3 else []), 0, shape[-1] // 2]
+    centres = torch.tensor([[row if a == len(shape) - 2 else m for a, m in enumerate(middle)] for row in rows]) * torch.tensor(spacing)
+    return {"ids": torch.arange(1, 4).repeat(n, 1), "centres": centres.repeat(n, 1, 1), "labels": torch.eye(3)[[0, 2, 1]].repeat(n, 1, 1), "weights": torch.ones(n, 3), "votes": torch.tensor([0, 2, 1])[:, None].repeat(n, 1, 1), "regions": regions,
+            "present": torch.ones(n, 3, dtype=torch.bool)}
+
+
 def to(batch, device):
-    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+    from anomaly_nb.models.model import on_device
+    return on_device(batch, device)
 
 
 def check(name, entry, dims, device):
@@ -44,6 +57,7 @@ def check(name, entry, dims, device):
     torch.manual_seed(0)
     batch = smooth_batch(16 if dims == 2 else 4, shape)
     if "weak" in entry.needs: batch["label"] = torch.arange(len(batch["image"])) % 2
+    if entry.instances: batch["instances"] = annotated(len(batch["image"]), shape)
     if entry.task == "pairs": batch["positive"] = batch["image"].flip(0)
     elif entry.task: batch |= spoilt(batch)
     model = entry.load()(**({"channels": 1, "spatial_dims": dims, "shape": shape} | entry.defaults))

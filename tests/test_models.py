@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_check import annotated
+
 from anomaly_nb import catalog
 from anomaly_nb.core import InputError, collate, rng_of, seed_everything
 from anomaly_nb.data.brain import brain_records
@@ -71,6 +73,7 @@ def test_shared_check(name, dims, channels):
     entry, shape = catalog.MODELS[name], (21, 18) if dims == 2 else (10, 13, 9)
     batch = batch_of(shape, channels, 6 if dims == 2 else 4)
     if entry.task: batch = with_task(entry.task, batch)
+    if entry.instances: batch["instances"] = annotated(len(batch["id"]), shape)
     weak = batch | {"label": torch.arange(len(batch["id"])) % 2}
     batches = {"train": batch, "weak": weak, "unlabelled": batch, "train+unlabelled": batch, "train+weak": weak}
     check_model(lambda: catalog.build(catalog.MODELS, name, "model", quick(entry), channels=channels, spatial_dims=dims, shape=shape), batches, exempt=entry.exempt)
@@ -86,14 +89,15 @@ def test_poor_batches(name):
     """A batch of one trains, or is refused in words; a blank image, and one without an organ, get finite scores."""
     entry, batch = catalog.MODELS[name], batch_of((21, 18), 1)
     if entry.task: batch = with_task(entry.task, batch)
+    if entry.instances: batch["instances"] = annotated(len(batch["id"]), (21, 18))
     seed_everything(0)
     model = catalog.build(catalog.MODELS, name, "model", quick(entry), channels=1, spatial_dims=2, shape=(21, 18))
-    one = {k: v[:1] for k, v in batch.items()}
+    one = {k: {n: w[:1] for n, w in v.items()} if isinstance(v, dict) else v[:1] for k, v in batch.items()}
     try: check_loss_falls(model, one, steps=2, share=-np.inf)
     except InputError as error: assert "1" in str(error) or "one" in str(error), error
     model.eval()
     with torch.no_grad(): model.fit_statistics([dict(batch)])
-    poor = {k: v.clone() if isinstance(v, torch.Tensor) else list(v) for k, v in batch.items()}
+    poor = {k: v.clone() if isinstance(v, torch.Tensor) else v if isinstance(v, dict) else list(v) for k, v in batch.items()}
     poor["image"][0] = 1.5
     poor["foreground"][1] = False
     with torch.no_grad():

@@ -157,7 +157,7 @@ def make_spine_set(records, dims=2, pixel=2.0, slices=5, outline="exact", like=N
     return SpineSet(records, plane, (pixel, pixel), outline, like, findings) if dims == 2 else SpineVolumes(records, (slices, *plane), (5.0, pixel, pixel), outline, like, findings)
 
 # %% ../../nbs/data/191_spine_set.ipynb #c023
-def vertebra_records(records, outline="exact", side=64.0, spacing=2.0, margin=4.0, cache=None):
+def vertebra_records(records, outline="exact", side=64.0, spacing=2.0, margin=1.5, cache=None):
     """Records of single vertebrae (`<id>-v<number>`; subject, pool and contrast as before), cut from the middle slices of `records` and written to the cache folder as npz [1,n,n].
 
     side: mm of the picture; margin: mm around the outline that belong to the foreground. Label 1: ill with a probability above one half. Vertebrae without a label are left out. Errors: those of `SpineSet`."""

@@ -79,8 +79,8 @@ def losses(self: SpineMultitask, image, instances):
     x, i = image[told], {k: v[told] for k, v in instances.items()}
     bone = i["present"] & (i["ids"] > 0) & (i["ids"] < 26)
     asked = self.question(x, i, bone) if self.hparams.weight and bone.any() else None
-    x = x.detach().requires_grad_(asked is not None and self.hparams.attribution == "gradient")
-    out = self.net(x if asked is None or asked["other"] is None else torch.cat([x, asked["other"]]))
+    swapped = asked is not None and self.hparams.attribution == "swap"
+    out = self.net(torch.cat([x, asked["other"]]) if swapped else x)
     out, others = ({k: v[part] for k, v in out.items()} for part in (slice(len(x)), slice(len(x), None)))
     most = int(bone.sum(1).max()) or 1                                                              # rows are in the order of their codes: vertebrae come first
     logits = self.logits(out, i["centres"][:, :most])
@@ -88,7 +88,7 @@ def losses(self: SpineMultitask, image, instances):
     if "localisation" in self.chosen: found["localisation"] = self.heat_loss(out["heat"], i, bone)
     if "segmentation" in self.chosen: found["segmentation"] = self.outline_loss(out["structures"], i, range(3))
     if "findings" in self.chosen: found["findings"] = self.outline_loss(out["structures"], i, range(3, 4))
-    return found, price if asked is None else self.voxels_price(x, logits, others, asked)
+    return found, price if asked is None else self.voxels_price(logits, others, asked)
 
 @patch
 def grade_loss(self: SpineMultitask, logits, i, bone):
@@ -132,25 +132,22 @@ def ill_logit(logits, classes):
 
 @patch
 def question(self: SpineMultitask, x, i, bone):
-    "One vertebra of each image (of every other one but for `gradient`) to ask about: its row, centre [n,1,dim], what lies outside of it [n,1,*spatial], whether there is one, and the `other` images with the `way` to them from x [B,C,*spatial]."
-    how, n = self.hparams.attribution, len(x) if self.hparams.attribution == "gradient" else (len(x) + 1)//2
+    "One vertebra of every other image to ask about: its row, centre [n,1,dim], what lies outside of it [n,1,*spatial], whether there is one, and the `other` image to ask it at, with the `way` there from x [B,C,*spatial]."
+    how, n = self.hparams.attribution, (len(x) + 1)//2
     rows, chosen = torch.arange(n, device=x.device), torch.multinomial(bone[:n].float() + 1e-9, 1)[:, 0]
     outside = ~grown(i["regions"][rows, chosen] > 0, self.spacing, self.hparams.margin)[:, None]
-    asked = {"rows": rows, "chosen": chosen, "centre": i["centres"][rows, chosen][:, None], "outside": outside, "some": bone[:n].any(1), "other": None, "way": 1.0}
-    if how == "gradient": return asked
     way = torch.where(outside, x.roll(1, 0)[:n] - x[:n], 0.0).detach()
-    alpha = torch.rand(n, *[1]*(x.ndim - 1), device=x.device) if how == "expected" else 1.0
-    return asked | {"way": way, "other": (x[:n].detach() + alpha*way).requires_grad_(how == "expected")}
+    alpha = {"gradient": 0.0, "swap": 1.0}[how] if how != "expected" else torch.rand(n, *[1]*(x.ndim - 1), device=x.device)
+    return {"rows": rows, "chosen": chosen, "centre": i["centres"][rows, chosen][:, None], "outside": outside, "some": bone[:n].any(1), "other": (x[:n].detach() + alpha*way).requires_grad_(how != "swap"), "way": 1.0 if how == "gradient" else way}
 
 @patch
-def voxels_price(self: SpineMultitask, x, logits, others, asked):
-    "What one vertebra's dependence on voxels outside of it costs, a scalar: the three ways above. `others`: what the network made of the other images, in the same batch as x (or batch normalisation alone would tell them apart)."
-    y, some = ill_logit(logits, self.hparams.classes)[asked["rows"], asked["chosen"]], asked["some"]
-    if not some.any(): return x.new_zeros(())
-    if asked["other"] is not None: other = ill_logit(self.logits(others, asked["centre"]), self.hparams.classes)[:, 0]
-    if self.hparams.attribution == "swap": return ((other - y)**2)[some].mean()
-    y, at = (y, x) if asked["other"] is None else (other, asked["other"])
-    A = asked["way"]*torch.autograd.grad(torch.where(some, y, 0.0).sum(), at, create_graph=True)[0]
+def voxels_price(self: SpineMultitask, logits, others, asked):
+    "What one vertebra's dependence on voxels outside of it costs, a scalar: the three ways above. `others`, of `swap`: what the network made of the other images in the same batch (or batch normalisation alone would tell them apart)."
+    some, classes = asked["some"], self.hparams.classes
+    if not some.any(): return logits.new_zeros(())
+    if self.hparams.attribution == "swap": return ((ill_logit(self.logits(others, asked["centre"]), classes)[:, 0] - ill_logit(logits, classes)[asked["rows"], asked["chosen"]])**2)[some].mean()
+    y = ill_logit(self.logits(self.net(asked["other"]), asked["centre"]), classes)[:, 0]
+    A = asked["way"]*torch.autograd.grad(torch.where(some, y, 0.0).sum(), asked["other"], create_graph=True)[0]
     return constraint(A, asked["outside"], self.hparams.form)[some].mean()
 
 # %% ../../nbs/methods/686_spine_multitask.ipynb #c011

@@ -30,8 +30,9 @@ from ..models.raters import confidence_weights, dawid_skene, majority, vote_shar
 ANNOTATIONS = ("majority", "soft", "weighted", "confident", "dawid-skene")
 
 def annotate(records, annotation="soft"):
-    "Records whose labelled vertebrae have the label and weight that `annotation` makes of all their votes together; labels without votes (of discs, the truth) stay as they are. Errors: `ParameterError` for a name, or for a vertebra with votes of another number of raters."
+    "Records whose labelled vertebrae have the label and weight that `annotation` makes of all their votes together; labels without votes (of discs, the truth) stay as they are. Errors: `DataError` when nobody has a label, `ParameterError` for a name, or for a vertebra with votes of another number of raters."
     choose(annotation, ANNOTATIONS, "annotation")
+    if not any(v["weight"] > 0 for record in records for v in record.meta["vertebrae"]): raise DataError("annotated people", f"({len(records)}) have no label of any vertebra", "gradings that fit the segmented vertebrae and discs, or other labels")
     rows = [(r, v) for r, record in enumerate(records) for v in record.meta["vertebrae"] if v.get("votes")]
     if not rows: return list(records)
     lengths = {len(v["votes"]) for _, v in rows}

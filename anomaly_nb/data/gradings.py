@@ -82,7 +82,7 @@ def read_gradings(path):
         if disc is None: raise DataError(where, "'IVD label' is empty", "the number of a disc, 1 is the lowest")
         if not disc: counts["grading_rows_ivd_0"] += 1; continue
         graded = {"Patient": patient, "IVD label": disc, **{c: _whole(where, row, c, *limits) for c, limits in GRADES.items()}}
-        if found.setdefault((patient, disc), graded) != graded: raise DataError(where, f"grades disc {disc} of patient {patient} a second time, and otherwise", "one row a disc")
+        if found.setdefault((patient, disc), graded) != graded: raise DataError(where, f"grades disc {disc} of patient {patient} a second time, with other grades", "one row a disc")
         counts["grading_rows_repeated"] += found[patient, disc] is not graded
     return pd.DataFrame(found.values(), columns=["Patient", "IVD label", *GRADES]).astype({c: "Int64" for c in ("IVD label", *GRADES)}), counts
 

@@ -70,11 +70,12 @@ def read_mha(path):
 
 # %% ../../nbs/data/103_metaimage.ipynb #c023
 def write_mha(path, array, affine):
-    "Writes an array [D,H,W] with its affine of (d,h,w,1) -> RAS mm as compressed .mha, whole or not at all; equal input gives equal bytes. bool is stored as uint8, float64 as float32. Errors: `DataError`."
+    "Writes an array [D,H,W] with its affine of (d,h,w,1) -> RAS mm as compressed .mha, whole or not at all; equal input gives equal bytes. bool is stored as uint8, float64 as float32, int64 as int32. Errors: `DataError`, also for numbers that int32 cannot hold."
     array, A = np.asarray(array), np.diag([-1., -1., 1., 1.]) @ np.asarray(affine, dtype=float) @ np.eye(4)[[2, 1, 0, 3]]     # (w,h,d,1) -> LPS mm
     if Path(path).suffix.lower() != ".mha": raise DataError(path, "is no name of a MetaImage", "a name ending in .mha")
     if array.ndim != 3 or not array.size or array.dtype.kind not in "biuf": raise DataError(path, f"cannot be written from {array.dtype} {array.shape}", "numbers [D,H,W]")
     if not np.isfinite(A).all() or abs(np.linalg.det(A[:3, :3])) < 1e-9: raise DataError(path, "cannot be written with an affine that cannot be inverted", "an affine of (d,h,w,1) to RAS mm")
+    if array.dtype.itemsize == 8 and array.dtype.kind in "iu" and (array.max() > 2**31 - 1 or array.min() < -2**31): raise DataError(path, f"cannot be written: numbers from {array.min()} to {array.max()}", "numbers that int32 holds")
     stored = {"bool": "uint8", "float64": "float32", "float16": "float32", "int64": "int32", "uint64": "uint32"}.get(array.dtype.name, array.dtype)
     itk, s = _itk(), np.linalg.norm(A[:3, :3], axis=0)
     image = itk.GetImageFromArray(np.ascontiguousarray(array, dtype=stored))

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.ticker import NullFormatter
 
 from ..core import DataError, collate
 from .spine_table import METRICS
@@ -75,7 +76,7 @@ def draw_reliability(rows, title="", bins=10):
             keep = r["count"] > 0
             ax.plot(r["confidence"][keep], r["frequency"][keep], "o-" if _ is None else "-", color=COLOURS[0], markersize=4, linewidth=2 if _ is None else .7, alpha=1 if _ is None else .5)
         low.bar((r["low"] + r["high"])/2, r["count"], width=.9/bins, color=COLOURS[0], alpha=.6)
-        ax.set(ylabel="share that is ill", ylim=(0, 1), xlim=(0, 1)); low.set(xlabel="P(ill)", ylabel="vertebrae", yscale="log")
+        ax.set(ylabel="share that is ill", ylim=(0, 1), xlim=(0, 1)); low.set(xlabel="P(ill)", ylabel="vertebrae", yscale="log"); low.yaxis.set_minor_formatter(NullFormatter())
         if title: ax.set_title(title, fontsize=10)
     return fig
 
@@ -84,7 +85,7 @@ def draw_ablation(table, by, metrics=("auroc", "brier", "energy"), title=""):
     "Figure: each metric over the number of annotated people, one line for each value of the ingredient `by`; bars are 95 % over people and trainings. `table`: of `ablation_table`."
     names = [m for m in metrics if m in table and table[m].notna().any()]
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(names), figsize=(.6 + 3.1*len(names), 3.4), squeeze=False, layout="constrained")
+        fig, axes = plt.subplots(1, len(names), figsize=(1.8 + 2.9*len(names), 3.4), squeeze=False, layout="constrained")
         groups = list(table.groupby(by, sort=False))
         for ax, metric in zip(axes[0], names):
             for n, (value, rows) in enumerate(groups):
@@ -94,6 +95,6 @@ def draw_ablation(table, by, metrics=("auroc", "brier", "energy"), title=""):
                 ax.errorbar(x, y, [y - rows[f"{metric}_low"], rows[f"{metric}_high"] - y], fmt="o-", color=COLOURS[n % len(COLOURS)], markersize=4, linewidth=1.5, elinewidth=1, label=str(value))
             ax.set(xlabel="annotated people", ylabel=metric, xscale="log"); ax.set_xticks(sorted(table["subjects"].unique()), [str(v) for v in sorted(table["subjects"].unique())]); ax.minorticks_off()
             ax.set_title(METRICS[metric].split(":")[0].split(",")[0][:46], fontsize=8)
-        axes[0, -1].legend(fontsize=8, title=by, title_fontsize=8, loc="best")
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, title=by, title_fontsize=8, loc="outside right upper")
         if title: fig.suptitle(title, fontsize=11)
     return fig

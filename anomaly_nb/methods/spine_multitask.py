@@ -132,7 +132,7 @@ def ill_logit(logits, classes):
 
 @patch
 def question(self: SpineMultitask, x, i, bone):
-    "One vertebra of every other image to ask about: its row, centre [n,1,dim], what lies outside of it [n,1,*spatial], whether there is one, and the `other` image to ask it at, with the `way` there from x [B,C,*spatial]."
+    "One vertebra of each image in the first half of the batch to ask about: its row, centre [n,1,dim], what lies outside of it [n,1,*spatial], whether there is one, and the `other` image to ask it at, with the `way` there from x [B,C,*spatial]."
     how, n = self.hparams.attribution, (len(x) + 1)//2
     rows, chosen = torch.arange(n, device=x.device), torch.multinomial(bone[:n].float() + 1e-9, 1)[:, 0]
     outside = ~grown(i["regions"][rows, chosen] > 0, self.spacing, self.hparams.margin)[:, None]
@@ -208,7 +208,7 @@ def places(self: SpineMultitask, batch):
 
 @patch
 def score(self: SpineMultitask, batch, kind=None):
-    "P(ill) of each found vertebra over its window, or the positive attribution of its log odds there and everywhere; the score of the image is the highest P(ill)."
+    "P(ill) of each found vertebra over its window, or the absolute attribution of its log odds, times P(ill); the score of the image is the highest P(ill)."
     kind, image = self.kind_of(kind), batch["image"]
     with torch.autocast(image.device.type, enabled=False):
         centres, there, _ = self.places(batch)

@@ -22,7 +22,7 @@ def rival_rows(samples):
     rows = []
     for sample in samples:
         i, image = sample["instances"], sample["image"][0]
-        mine, bones = [], np.isin(np.arange(len(i["ids"])), np.flatnonzero((i["ids"] > 0) & (i["ids"] < 26) & (i["weights"] > 0)))
+        mine, bones = [], (i["ids"] > 0) & (i["ids"] < 26) & (i["weights"] > 0)
         for n in np.flatnonzero(bones):
             region = ndimage.binary_erosion(i["regions"][n] == 1)                                     # without its dark rim
             region = region if region.any() else i["regions"][n] == 1
@@ -36,6 +36,7 @@ def rival_rows(samples):
     if not rows: raise DataError("rival_rows", "met no labelled vertebra", "samples of a SpineSet with labels")
     return pd.DataFrame(rows)[["subject", "id", "ill", *RIVALS]]
 
+# %% ../../nbs/methods/687_spine_rivals.ipynb #c005b
 def rival_table(rows, n_boot=1000, seed=0):
     "One row a rival: AUROC and AP of ill against healthy vertebrae, with 95 % over people. `rows`: of `rival_rows`."
     names, found = sorted(set(rows["subject"])), []

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from ..core import ParameterError, choose, rng_of, settings, stable_hash, write_aside, write_json
 from . import spondylitis, vertebrae
@@ -43,7 +44,7 @@ class Size:
 SIZES = {"tiny": Size(3.0, 6.0, 5, 12, 6, 8, 6, 4, 4, 6), "demo": Size(2.0, 5.0, 9, 40, 20, 20, 12, 12, 20, 20), "claims": Size(2.0, 5.0, 9, 100, 100, 60, 100, 40, 100, 60)}
 POOLS = ("weak", "unlabelled", "train", "val", "val_anomalous", "test")
 CUT = .2                                                        # share of people whose field of view cuts the sacrum and L5
-LABELS = ("raters", "discs", "truth")
+LABELS = ("raters", "discs", "modic", "truth")
 
 @dataclass(frozen=True)
 class Someone:
@@ -131,7 +132,7 @@ def draw_image(job, patient):
     for k, disease in patient["disease"].items():
         benign = haemangioma_of(spine.vertebrae[k], spots, *at)
         share, ill = lesion_of(spine.vertebrae[k], disease, *at, noise) if disease["grade"] else (None, None)
-        parts = ([.8*AMPLITUDE[job.contrast]*benign] if benign is not None else []) + ([AMPLITUDE[job.contrast]*job.lesion_contrast*share] if share is not None and job.lesion_contrast else [])
+        parts = ([.8*AMPLITUDE["T2"]*benign] if benign is not None else []) + ([AMPLITUDE[job.contrast]*job.lesion_contrast*share] if share is not None and job.lesion_contrast else [])
         if parts: change[k] = sum(parts)
         if ill is not None: mask |= ill
     image, labels = paint_spine(spine, z, y, x, job.contrast, key, change)
@@ -147,7 +148,10 @@ def make_patient(job):
     image, labels, mask = draw_image(job, patient)
     rng, spacing = rng_of("spine loose", *key), (job.pixel, job.pixel, job.thickness)
     loose = np.zeros_like(labels)
-    for code in [int(c) for c in np.unique(labels) if c]: loose[loosen(labels == code, rng, spacing) & (loose == 0)] = code
+    nearest = labels[tuple(ndimage.distance_transform_edt(labels == 0, spacing, return_distances=False, return_indices=True))]
+    drawn = {int(c): loosen(labels == c, rng, spacing) for c in np.unique(labels) if c}
+    for code, region in drawn.items(): loose[region & (loose == 0)] = code
+    for code, region in drawn.items(): loose[region & (nearest == code)] = code                    # where two outlines overlap, the nearer structure has the voxel
     findings = np.where(loosen(mask, rng, spacing, 1.0, 1.0, 1.0), 1, 0).astype(np.uint8)
     order, flips, affine = header_of(labels.shape, spacing, rng_of("spine header", *key))
     write_mha(job.path("images"), stored(np.rint(1000*image).astype(np.int16), order, flips), affine)
@@ -186,7 +190,7 @@ def cohort_folder(size, dials, seed=0, root=None):
 def labelled(truth, labels, said):
     "`meta[\"vertebrae\"]` of one person: what the raters said, what the table of discs implies (two grades), or the truth. `said` {patient: votes, or rows of discs}."
     mine = said.get(str(truth["number"]))
-    if labels == "discs": return vertebra_labels([] if mine is None else mine, truth["codes"])[0]
+    if labels in ("discs", "modic"): return vertebra_labels([] if mine is None else mine, truth["codes"], "endplate" if labels == "discs" else "modic")[0]
     if labels == "raters": return vote_labels(mine or {}, truth["codes"], GRADES)[0]
     return [{"id": int(k), "label": np.eye(GRADES)[grade].tolist(), "weight": 1.0, "votes": []} for k, grade in truth["grades"].items()]
 
@@ -201,7 +205,7 @@ def _said(folder, labels):
 def spine_records(size="tiny", contrast="T2", pools=("train", "val", "test"), view="vertebrae", labels="raters", outline="exact", lesion_contrast=1.0, shortcut=0.0, rater_noise=1.0, seed=0, root=None, processes=0):
     """Records of the embedded spine cohort, made on disk where missing: {pool: [Record]}. Other pools than `POOLS` do not exist and are left out.
 
-    view: "spine" (whole stacks, for `SpineSet`) or "vertebrae" (one picture a vertebra, for detectors; outlined as `outline` says). labels, of `weak`: "raters", "discs" (two grades) or "truth"; the pools that measure have the truth.
+    view: "spine" (whole stacks, for `SpineSet`) or "vertebrae" (one picture a vertebra, for detectors; outlined as `outline` says). labels, of `weak`: "raters", "discs" (endplates of discs; two grades), "modic" (of discs, without saying which side; two grades) or "truth"; the pools that measure have the truth.
     Dials: lesion_contrast (0: the healthy image), shortcut (correlation of the spot with disease, never in `test`), rater_noise (0: all are right). Errors: `ParameterError`, `DataError`."""
     choose(contrast, CONTRASTS, "contrast"); choose(labels, LABELS, "labels"); choose(view, ("spine", "vertebrae"), "view")
     for dial, value, low, high in (("lesion_contrast", lesion_contrast, 0, 2), ("shortcut", shortcut, -1, 1), ("rater_noise", rater_noise, 0, 3)):

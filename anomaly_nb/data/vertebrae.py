@@ -49,7 +49,7 @@ class Frame:
 # %% ../../nbs/data/187_vertebrae.ipynb #c008
 @dataclass(frozen=True)
 class Spine:
-    "Frames of a person's `vertebrae` {1 (L5) ...}, `discs` {k: below vertebra k} and `sacrum` [S1, S2, S3]; `z`, `y`, `x` of the spine's curve, upwards; `person`."
+    "Frames of a person's `vertebrae` {1 (L5) ...}, `discs` {k: below vertebra k} and `sacrum` [S1, S2, S3]; `curve` [n,4], the arc length s and z, y, x of the spine, upwards; `person`."
     person: dict
     vertebrae: dict
     discs: dict
@@ -66,7 +66,7 @@ def _frame(s, curve, height, depth, width):
 def build_spine(person):
     "`Spine` of `draw_person`'s numbers. The origin is the middle of S1's upper endplate."
     p, s = person, np.arange(-90.0, 460.0)
-    theta = np.radians(np.where(s < 0, -p["slope"]*np.minimum(-s/25, 1) + p["theta0"]*np.clip(1 + s/25, 0, 1), p["theta0"] + (p["theta1"] - p["theta0"])*np.minimum(s/240, 1.2)))
+    theta = np.radians(np.where(s < 0, p["slope"]*np.minimum(-s/25, 1) + p["theta0"]*np.clip(1 + s/25, 0, 1), p["theta0"] + (p["theta1"] - p["theta0"])*np.minimum(s/240, 1.2)))
     z, y = (np.cumsum(v) - np.cumsum(v)[90] for v in (np.cos(theta), -np.sin(theta)))
     curve = np.stack([s, z, y, p["bend"]*np.sin(s/90 + p["phase"])], 1)
     vertebrae, discs, at, k = {}, {}, 0.0, p["scale"]

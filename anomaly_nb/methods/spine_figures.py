@@ -45,7 +45,7 @@ def _draw_labels(ax, sample):
         region = middle(region)
         colour = "#4aa8ff" if code < 100 else "#9be29b" if code > 200 else "#f0d060" if code == 100 else "#bbbbbb"
         if (region == 1).any(): ax.contour(region == 1, [.5], colors=colour, linewidths=.9)
-        if (region == 2).any(): ax.contour(region > 0, [.5], colors=colour, linewidths=.9, linestyles="dashed")
+        if (region > 1).any(): ax.contour(region > 0, [.5], colors=colour, linewidths=.9, linestyles="dashed")
         if weight > 0: ax.text(centre[-1]/spacing[1], centre[-2]/spacing[0], f"{1 - label[0]:.2f}", color="#ff9f40" if 1 - label[0] >= .5 else "white", ha="center", va="center", fontsize=8, fontweight="bold")
 
 def _draw_attribution(ax, sample, model):

@@ -21,7 +21,7 @@ def jitter(image, instances, spacing, reach=10.0, gain=.2, noise=.15):
     image = F.pad(image, pad, mode="replicate")[(..., *cut)] if any(shift) else image
     ones = [1]*(dim + 1)
     image = image*(1 + gain*torch.randn(len(image), *ones, device=image.device)) + gain*torch.randn(len(image), *ones, device=image.device) + noise*torch.randn_like(image)
-    if "regions" in moved: moved["regions"] = F.pad(moved["regions"], pad)[(..., *cut)] if any(shift) else moved["regions"]
+    if "regions" in moved: moved["regions"] = F.pad(moved["regions"], pad, value=2)[(..., *cut)] if any(shift) else moved["regions"]
     moved["centres"] = moved["centres"] + torch.tensor([a*b for a, b in zip(shift, spacing)], device=image.device)
     return image, moved
 
@@ -43,17 +43,17 @@ def structure_targets(ids, present, regions):
     ones = [1]*(regions.ndim - 2)
     for n in range(len(STRUCTURES)):
         mine = (kinds == n).view(*kinds.shape, *ones)
-        inside, maybe = ((regions == 1) & mine).any(1), ((regions == 2) & mine).any(1)
+        inside, maybe = ((regions == 1) & mine).any(1), ((regions > 1) & mine).any(1)
         targets.append(inside)
         knowns.append((inside | ~maybe) & mine.any(1))
     return torch.stack(targets, 1), torch.stack(knowns, 1)
 
 def boxes_of(present, regions):
-    "(boxes [B,K,dim,2], is it one [B,K]): corners of the regions that are not known anywhere, the boxes of `outline=\"box\"`."
-    is_box = present & (regions == 2).flatten(2).any(2) & ~(regions == 1).flatten(2).any(2)
+    "(boxes [B,K,dim,2], is it one [B,K]): corners of the regions that are marked as boxes (3)."
+    is_box = present & (regions == 3).flatten(2).any(2)
     boxes = torch.zeros(*is_box.shape, regions.ndim - 2, 2, dtype=torch.int64, device=regions.device)
     for b, k in is_box.nonzero().tolist():
-        where = (regions[b, k] == 2).nonzero()
+        where = (regions[b, k] == 3).nonzero()
         boxes[b, k, :, 0], boxes[b, k, :, 1] = where.amin(0), where.amax(0) + 1
     return boxes, is_box
 

@@ -54,6 +54,11 @@ def test_the_embedded_cohort_is_read_by_the_reader_of_spider(records):
     assert len(numbers) == sum(len(rs) for rs in found.values()) and all(len(v["label"]) == 2 for r in found["weak"] for v in r.meta["vertebrae"])
 
 
+def test_a_field_of_view_holds_a_lumbar_spine(records):
+    seen = [len(r.meta["grades"]) for rs in records.values() for r in rs]
+    assert min(seen) >= 4 and np.mean(seen) > 5.5                                             # whole vertebrae
+
+
 def test_label_maps_lie_where_the_images_do_whatever_the_axis_order(records):
     for r in records["weak"][:4]:
         grades = r.meta["grades"]

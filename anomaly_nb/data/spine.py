@@ -89,7 +89,7 @@ def grid_of(spine, rng, pixel, thickness, slices):
     cut, low = rng.random() < CUT, rng.uniform(-68, -50)
     low = rng.uniform(30, 75) if cut else low
     z = low + pixel*np.arange(round(272/pixel))
-    middle = np.interp(z, spine.curve[:, 1], spine.curve[:, 2])
+    middle = np.interp(z[z > -15], spine.curve[:, 1], spine.curve[:, 2])                            # of the vertebrae; the sacrum may leave the picture
     y = (middle.min() + middle.max())/2 + 6 + rng.normal(0, 3) + pixel*(np.arange(round(144/pixel)) - (round(144/pixel) - 1)/2)
     return z, y, thickness*(np.arange(slices) - (slices - 1)/2) + float(np.interp(z.mean(), spine.curve[:, 1], spine.curve[:, 3])) + rng.normal(0, 1), bool(cut)
 

@@ -43,16 +43,12 @@ def annotated(n, shape):
             "present": torch.ones(n, 3, dtype=torch.bool)}
 
 
-def to(batch, device):
-    from anomaly_nb.models.model import on_device
-    return on_device(batch, device)
-
-
 def check(name, entry, dims, device):
     "Trains every stage of a model a little on the device; compares its scores with the CPU's on the same weights, float32 and bf16. Returns the rows."
     import numpy as np
     import torch
     from anomaly_nb.models.checks import check_loss_falls
+    from anomaly_nb.models.model import on_device
     shape = (48, 56) if dims == 2 else (24, 32, 24)
     torch.manual_seed(0)
     batch = smooth_batch(16 if dims == 2 else 4, shape)
@@ -63,12 +59,12 @@ def check(name, entry, dims, device):
     model = entry.load()(**({"channels": 1, "spatial_dims": dims, "shape": shape} | entry.defaults))
     started = time.perf_counter()
     losses = check_loss_falls(model, batch, 30, -np.inf, seed=1, accelerator="cpu" if device.type == "cpu" else "gpu")
-    seconds, on_device = time.perf_counter() - started, to(batch, device)
+    seconds, moved = time.perf_counter() - started, on_device(batch, device)
     model.to(device)
     model.eval()
     with torch.no_grad():
-        model.fit_statistics([on_device])
-        return [compared(name, model, kind, dims, batch, on_device, losses, seconds, f"bf16:{kind}" in entry.exempt) for kind in model.kinds]
+        model.fit_statistics([moved])
+        return [compared(name, model, kind, dims, batch, moved, losses, seconds, f"bf16:{kind}" in entry.exempt) for kind in model.kinds]
 
 
 def compared(name, model, kind, dims, batch, on_device, losses, seconds, loose):

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from anomaly_nb.core import DataError, ParameterError
-from anomaly_nb.models.outlines import box_losses, box_map, box_of, known_loss, point_map, projection_loss, size_loss, trimap
+from anomaly_nb.annotations import box_map, box_of, point_map, trimap
+from anomaly_nb.models.outlines import box_losses, known_loss, projection_loss, size_loss
 from anomaly_nb.models.raters import HomoscedasticWeights, RaterConfusion, confidence_weights, dawid_skene, heteroscedastic_loss, majority, rater_accuracy, soft_cross_entropy, task_weighted, vote_share
 
 

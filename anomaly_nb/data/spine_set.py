@@ -11,6 +11,7 @@ import numpy as np
 from fastcore.basics import patch
 from scipy import ndimage
 
+from ..annotations import point_map, trimap
 from ..core import DataError, ParameterError, choose, settings, stable_hash, write_aside
 from .cache import Prepared, statistics
 from .records import Record, read_image, records_manifest
@@ -35,19 +36,6 @@ def on_grid(stack, old, new, shape, nearest=False):
 OUTLINES = ("exact", "loose", "trimap", "box", "point")
 BAND, POINT = (4.0, 1.0), {"vertebra": 6.0, "disc": 2.5, "around": 26.0}      # mm: taken off inside and added outside; radii
 
-def _distances(inside, spacing):
-    "mm of each voxel [D,H,W] to the nearest one that is not `inside`; beyond the image everything counts as inside, and in a single slice depth does not count."
-    padded = np.pad(inside, [(0, 0), (1, 1), (1, 1)], mode="edge")
-    found = ndimage.distance_transform_edt(padded[0], spacing[1:])[None] if len(inside) == 1 else ndimage.distance_transform_edt(padded, spacing)
-    return found[:, 1:-1, 1:-1]
-
-def _point(code, inside, spacing):
-    "Region of a structure of which only its middle was clicked."
-    at, d = ndimage.center_of_mass(inside), 0
-    for axis, (n, c, s) in enumerate(zip(inside.shape, at, spacing)): d = d + (((np.arange(n) - c)*s)**2).reshape([-1 if axis == b else 1 for b in range(3)])
-    d = np.sqrt(d)
-    return np.where(d <= POINT["disc" if code > 200 else "vertebra"], 1, np.where(d <= POINT["around"], 2, 0))
-
 # %% ../../nbs/data/191_spine_set.ipynb #c009
 def outlined(labels, outline, spacing):
     "`{code: (box, region uint8)}` of a label map [D,H,W] for an `outline`: each structure's region in a box (slices) around it. The canal has no middle: as a point it is not annotated. Errors: `ParameterError`."
@@ -57,8 +45,9 @@ def outlined(labels, outline, spacing):
         if box is None or (outline == "point" and code == 100): continue
         box = tuple(slice(max(s.start - r, 0), min(s.stop + r, n)) for s, r, n in zip(box, [int(np.ceil(more/s)) for s in spacing], labels.shape))
         inside = labels[box] == code
-        if outline == "trimap": region = np.where(_distances(inside, spacing) > BAND[0], 1, np.where(_distances(~inside, spacing) > BAND[1], 0, 2)) if not inside.all() else inside
-        else: region = np.full(inside.shape, 3) if outline == "box" else _point(code, inside, spacing) if outline == "point" else inside
+        if outline == "trimap": region = trimap(inside, *BAND, spacing)
+        elif outline == "point": region = point_map(np.array(ndimage.center_of_mass(inside))*spacing, inside.shape, spacing, POINT["disc" if code > 200 else "vertebra"], POINT["around"])
+        else: region = np.full(inside.shape, 3) if outline == "box" else inside
         found[code] = box, region.astype(np.uint8)
     return found
 

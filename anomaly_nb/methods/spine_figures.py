@@ -16,6 +16,7 @@ from matplotlib.ticker import NullFormatter
 
 from ..core import DataError, collate
 from .spine_table import METRICS
+from .spine_targets import whole
 from ..metrics.calibration import reliability
 from ..viz import ANOMALY, COLOURS, STYLE, show_image
 
@@ -51,7 +52,7 @@ def _draw_labels(ax, sample):
 def _draw_attribution(ax, sample, model):
     "|d y_v / d x| of the vertebra that the network finds most suspicious at the annotated centres."
     batch, i = collate([sample]), sample["instances"]
-    bone = np.flatnonzero((i["ids"] > 0) & (i["ids"] < 26))
+    bone = np.flatnonzero(whole(i))
     if not len(bone): ax.set_title("no whole vertebra", fontsize=9); return
     centres = torch.as_tensor(i["centres"][bone])[None].float()
     with torch.no_grad(): p = 1 - model.eval().graded(model.net(batch["image"]), centres)[0][0, :, 0]

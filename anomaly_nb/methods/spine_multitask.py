@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from ..core import DataError, ParameterError, choose
 from .spine_network import SpineNet, windows
-from .spine_targets import boxes_of, damage, grown, jitter, kind_of, structure_targets
+from .spine_targets import boxes_of, damage, grown, jitter, kind_of, structure_targets, whole
 from ..models.attribution import FORMS, constraint
 from ..models.heatmaps import gaussian_targets, heatmap_loss, local_maxima
-from ..models.levels import assign_levels
+from ..models.levels import assign_levels, order_upwards
 from ..models.model import AnomalyModel, Stage, scored
 from ..models.outlines import box_losses, known_loss
 from ..models.raters import HomoscedasticWeights, RaterConfusion, heteroscedastic_loss, soft_cross_entropy
@@ -77,7 +78,7 @@ def losses(self: SpineMultitask, image, instances):
     told = (instances["present"] & (instances["ids"] > 0)).any(1)
     if not told.any(): return found, price
     x, i = image[told], {k: v[told] for k, v in instances.items()}
-    bone = i["present"] & (i["ids"] > 0) & (i["ids"] < 26)
+    bone = whole(i)
     asked = self.question(x, i, bone) if self.hparams.weight and bone.any() else None
     swapped = asked is not None and self.hparams.attribution == "swap"
     out = self.net(torch.cat([x, asked["other"]]) if swapped else x)
@@ -155,17 +156,15 @@ def voxels_price(self: SpineMultitask, logits, others, asked):
 def centres(self: SpineMultitask, batch):
     "[{number of the vertebra: centre [dim] mm}] of each image, found without any annotation. Errors: `ParameterError` for a network that was not taught to localise."
     if "localisation" not in self.chosen: raise ParameterError("SpineMultitask", "was not taught to localise", "tasks with localisation")
-    with torch.no_grad(): heat = self.net(batch["image"].float())["heat"].float()
-    return [self.named(h) for h in heat]
+    with torch.no_grad(): return [self.named(h) for h in self.once("out", lambda: self.net(batch["image"].float()))["heat"]]
 
 @patch
 def named(self: SpineMultitask, heat):
     "{number: centre mm} of the heatmaps' logits [levels,*spatial] of one image; at least one, however faint."
-    p = heat.sigmoid()
+    p = heat.detach().float().cpu().sigmoid()
     best = p.amax(0)
-    found, values = local_maxima(best, self.spacing, 15.0, min(self.hparams.threshold, float(best.max())*.999))
-    found = np.asarray(found, float)
-    order = np.argsort(-found[:, heat.ndim - 3], kind="stable")                                  # rows run downwards: the last is the lowest
+    found = np.asarray(local_maxima(best, self.spacing, 15.0, min(self.hparams.threshold, float(best.max())*.999))[0], float)
+    order = order_upwards(found, axis=-2, rising=False)                                          # rows run downwards: the last is the lowest
     near = (F.max_pool2d if heat.ndim == 3 else F.max_pool3d)(p[None], 3, 1, 1)[0]
     at = [tuple(int(min(max(round(c/s), 0), n - 1)) for c, s, n in zip(found[j], self.spacing, heat.shape[1:])) for j in order]
     scores = np.array([near[(slice(None), *a)].clamp_min(1e-6).log().numpy() for a in at])
@@ -197,22 +196,21 @@ def attributions(self: SpineMultitask, image, centres):
 # %% ../../nbs/methods/686_spine_multitask.ipynb #c013
 @patch
 def places(self: SpineMultitask, batch):
-    "(centres [B,K,dim] mm, there [B,K] bool, numbers [B,K]): of the vertebrae that are found, or, if the network was not taught to localise, of those that are annotated."
+    "(centres [B,K,dim] mm, there [B,K] bool): of the vertebrae that are found, or, if the network was not taught to localise, of those that are annotated."
     if "localisation" not in self.chosen:
         i = batch["instances"]
-        return i["centres"].float(), i["present"] & (i["ids"] > 0) & (i["ids"] < 26), i["ids"]
-    found = [list(f.items()) for f in self.once("centres", lambda: self.centres(batch))]
-    most, dim, device = max(map(len, found)), batch["image"].ndim - 2, batch["image"].device
-    def filled(make, shape): return torch.as_tensor(np.array([[make(*f[k]) if k < len(f) else np.zeros(shape) for k in range(most)] for f in found]), device=device)
-    return filled(lambda n, c: c, dim).float(), filled(lambda n, c: 1.0, ()) > 0, filled(lambda n, c: float(n), ()).long()
+        return i["centres"].float(), whole(i)
+    found = [torch.as_tensor(np.array(list(f.values())), dtype=torch.float32) for f in self.once("centres", lambda: self.centres(batch))]
+    centres, there = (pad_sequence(rows, batch_first=True).to(batch["image"].device) for rows in (found, [torch.ones(len(f), dtype=torch.bool) for f in found]))
+    return centres, there
 
 @patch
 def score(self: SpineMultitask, batch, kind=None):
     "P(ill) of each found vertebra over its window, or the absolute attribution of its log odds, times P(ill); the score of the image is the highest P(ill)."
     kind, image = self.kind_of(kind), batch["image"]
     with torch.autocast(image.device.type, enabled=False):
-        centres, there, _ = self.places(batch)
-        with torch.no_grad(): p = torch.where(there, 1 - self.graded(self.net(image.float()), centres)[0][..., 0], 0.0)
+        centres, there = self.places(batch)
+        with torch.no_grad(): p = torch.where(there, 1 - self.graded(self.once("out", lambda: self.net(image.float())), centres)[0][..., 0], 0.0)
         m = windows(centres, image.shape[2:], self.spacing)
         shape = [*p.shape, *[1]*(image.ndim - 2)]
         if kind == "grade": found = (p.view(shape)*m).amax(1, keepdim=True)

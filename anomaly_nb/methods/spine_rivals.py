@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import ndimage
 
 from ..core import DataError
+from .spine_targets import whole
 from ..metrics.detection import auroc, average_precision
 from ..metrics.uncertainty import bootstrap_images, interval, subject_weights
 
@@ -22,7 +23,7 @@ def rival_rows(samples):
     rows = []
     for sample in samples:
         i, image = sample["instances"], sample["image"][0]
-        mine, bones = [], (i["ids"] > 0) & (i["ids"] < 26) & (i["weights"] > 0)
+        mine, bones = [], whole(i) & (i["weights"] > 0)
         for n in np.flatnonzero(bones):
             region = ndimage.binary_erosion(i["regions"][n] == 1)                                     # without its dark rim
             region = region if region.any() else i["regions"][n] == 1

@@ -22,7 +22,7 @@ from ..metrics.detection import auroc, average_precision
 from ..metrics.instances import match_instances
 from ..metrics.uncertainty import FEW, bootstrap_images, bootstrap_mean, interval, paired_difference, resample_seeds, subject_weights
 from .spine_network import STRUCTURES
-from .spine_targets import structure_targets
+from .spine_targets import structure_targets, whole
 from ..models.model import on_device
 from ..models.raters import confidence_weights, dawid_skene, majority, vote_share
 
@@ -64,14 +64,14 @@ def read_vertebrae(model, loader, classes, spacing, spots=None):
     for batch in loader:
         told, batch = batch["instances"], on_device(batch, device)
         i, x = batch["instances"], batch["image"].float()
-        bone = i["present"] & (i["ids"] > 0) & (i["ids"] < 26)
+        bone = whole(i)
         most = max(1, int(bone.sum(1).max()))
         with torch.no_grad(): out = model.net(x)
         given = model.graded(out, i["centres"][:, :most].float())[0].detach().cpu().numpy()
         A = model.attributions(x, i["centres"][:, :most].float()).abs().sum(2)
         inside = i["regions"][:, :most] == 1
         energy, area = ((v*inside).flatten(2).sum(2)/v.flatten(2).sum(2).clamp_min(1e-30) for v in (A, torch.ones_like(A)))
-        found = [model.named(h.float().cpu()) for h in out["heat"]] if "localisation" in model.chosen else [{}]*len(x)
+        found = [model.named(h) for h in out["heat"]] if "localisation" in model.chosen else [{}]*len(x)
         learned = ["segmentation" in model.chosen]*3 + ["findings" in model.chosen]
         dice = _dice(out["structures"] > 0, i) if {"segmentation", "findings"} & set(model.chosen) else [[np.nan]*len(STRUCTURES)]*len(x)
         for b, subject in enumerate(batch["subject"]):

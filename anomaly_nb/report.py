@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ranking_html', 'ranking_notes', 'comparison_html', 'matrix_html', 'family_html', 'approach_html', 'site_html',
-           'cost_html', 'protocol_html', 'runs_html', 'failed_html', 'readable', 'section_html', 'write_report',
-           'print_table']
+           'cost_html', 'protocol_html', 'runs_html', 'failed_html', 'readable', 'write_report', 'print_table']
 
 # %% ../nbs/722_report.ipynb #c003
 import json
@@ -18,7 +17,7 @@ from .core import DataError, InputError
 from .evaluation import read_slices
 from .figures import curve_figure, interval_figure, panel_figure, training_figure
 from .fold_section import fold_html, fold_tables
-from .own_tables import own_tables_html
+from .own_tables import has_own_tables, own_tables_html, section_html
 from .methods.fold_table import read_table
 from .metrics.uncertainty import FEW
 from .page import Page, between, digits_of, folded, listed, paragraph, picture, table, text, with_interval
@@ -163,7 +162,7 @@ def _group_html(page, group, n_boot):
                  *(comparison_html(group, found, m) for m in METRICS), *(folded(f"All pairs: {m}", matrix_html(group, found, m)) if m != "voxel AP" else matrix_html(group, found, m) for m in METRICS if matrix_html(group, found, m)), level=3)
     if by_approach := approach_html(group, found, shown): page.section("By approach", paragraph("What each method takes for anomalous, and the best kind of score of each."), by_approach, level=3)
     for n, (each, folds, draws) in enumerate(fold_tables(group), start=1): page.section("Task folds" + (f", table {n}" if n > 1 else ""), *fold_html(group, each, folds, draws), level=3)
-    for title, parts in own_tables_html(group.runs): page.section(title, *parts, level=3)
+    for title, parts in own_tables_html([r.folder for r in group.runs]): page.section(title, *parts, level=3)
     parts = scores(group, shown, families=about.index.tolist(), n_boot=n_boot) if len(about) else {}
     page.section("Families", paragraph("Each family of anomalies against all healthy ones; best kind of score of each method. Coloured: decided against the best baseline of the ranking."), *(family_html(group, parts, about, m, shown) for m in METRICS), level=3) if len(about) else None
     by_site = site_html(group, controls, shown)
@@ -194,39 +193,34 @@ def _check_history(file):
     except (ValueError, OSError) as error: raise DataError(file, f"cannot be read as a history ({type(error).__name__})", "a table written by a run") from None
 
 def readable(folders):
-    "`([Result], [(folder, its section)], [(folder name, what is wrong)])`: a run of which one stored file cannot be read is left out and named, and costs no other. A run with a section needs no kinds of score."
-    good, said, bad = [], [], []
+    "`([Result], [(folder, its section)], [folder with own tables], [(folder name, what is wrong)])`: a run of which one stored file cannot be read is left out and named, and costs no other. A run with a section or own tables needs no kinds of score."
+    good, said, own, bad = [], [], [], []
     for folder in folders:
         try:
             section = read_section(folder)
-            if section:
-                said.append((Path(folder), section))
-                if not json.loads((Path(folder)/"metrics.json").read_text(encoding="utf-8")).get("kinds"): continue
+            if section: said.append((Path(folder), section))
+            if (section or has_own_tables(folder)) and not json.loads((Path(folder)/"metrics.json").read_text(encoding="utf-8")).get("kinds"):
+                own.append(Path(folder))
+                continue
             r = read_result(folder)
             read_slices(r.folder); _check_history(r.folder/"scores"/"history.csv")
             for kind in r.metrics["kinds"]: read_binned(r, kind); read_slices(r.folder, kind)
             if (r.folder/"scores"/"paper_table.csv").is_file(): read_table(r.folder)
             good.append(r)
         except (InputError, ValueError, AttributeError, OSError) as error: bad.append((Path(folder).name, str(error)))
-    return good, said, bad
-
-def section_html(folder, section, most=200):
-    "Words, figures and tables of a run that answers a question of its own."
-    def cell(v): return text(v if isinstance(v, str) or pd.isna(v) else v.item() if hasattr(v, "item") else v)
-    pictures = [picture(p, f"{p.stem}, {folder.name}", shown=900) if p.is_file() else paragraph(f"{p.name} is not there.", kind="caution") for p in (folder/"figures"/f"{n}.png" for n in section["figures"])]
-    tables = [f"<h4>{text(caption)}</h4>" + table(list(map(str, frame)), [list(map(cell, row)) for row in frame.head(most).itertuples(index=False)]) for caption, frame in section["tables"].items()]
-    return [paragraph(section["text"]), *pictures, *tables]
+    return good, said, own, bad
 
 def write_report(folders, file, failed=(), n_boot=1000):
     "Writes the page over run folders to `file`; `failed`: [(name, message or traceback)]. Returns the ranking table of all groups; its `attrs[\"left_out\"]` names runs that cannot be read. Errors: `InputError` when none can: nothing is written then."
-    results, told, left_out = readable(folders)
-    if not results and not told: raise InputError(file, *(("would be a report of no runs", "at least one folder made by anomaly-nb run") if not left_out else (f"would be a report of no readable runs: {left_out[0][1]}", "at least one whole run folder")))
-    groups, page = comparable(results) if results else [], Page(f"Anomaly detection: {(n := len({r.folder for r in results} | {f for f, _ in told}))} run{'s' * (n != 1)}" + (f", {len(failed)} failed" if failed else ""))
+    results, told, own, left_out = readable(folders)
+    if not results and not own: raise InputError(file, *(("would be a report of no runs", "at least one folder made by anomaly-nb run") if not left_out else (f"would be a report of no readable runs: {left_out[0][1]}", "at least one whole run folder")))
+    groups, page = comparable(results) if results else [], Page(f"Anomaly detection: {(n := len(results) + len(own))} run{'s' * (n != 1)}" + (f", {len(failed)} failed" if failed else ""))
     tables = [_group_html(page, group, n_boot) for group in groups]
     for folder, section in told: page.section(section["title"], *section_html(folder, section))
+    for title, parts in own_tables_html(own): page.section(title, *parts)
     page.section("Failed runs", failed_html(failed) if failed else paragraph("None."))
     if left_out: page.section("Left out", paragraph("These runs have a stored file that cannot be read; they stand in no table. Delete their folders and start them again.", kind="caution"), failed_html(left_out))
-    note = "Embedded cohorts teach and test. Nothing about them on this page is evidence about patients." if any(g.embedded for g in groups) or told else ""
+    note = "Embedded cohorts teach and test. Nothing about them on this page is evidence about patients." if any(g.embedded for g in groups) or own else ""
     page.write(file, (paragraph(note) if note else "") + (paragraph(f"{len(groups)} groups of runs were measured on different test sets and are not compared with each other.") if len(groups) > 1 else ""))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"data": []})
     table.attrs["left_out"] = left_out

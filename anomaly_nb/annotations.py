@@ -10,45 +10,55 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt
 
 from .arrays import bounding_box
-from .core import ParameterError
+from .core import DataError, ParameterError
 
 # %% ../nbs/012_annotations.ipynb #c006
+def _region(region, who):
+    "The region as bool; its values must be 0 and 1: a map that already holds 2 is no region."
+    region = np.asarray(region)
+    if region.dtype != bool and not np.isin(region, (0, 1)).all(): raise DataError(who, f"the region holds {', '.join(f'{v:g}' for v in np.unique(region)[:4])}", "only 0 and 1")
+    return region.astype(bool)
+
 def _lengths(spacing, dim, **mm):
     "Voxel size [dim] from a number or one an axis; the named lengths must be finite and not negative. Errors: `ParameterError`."
-    size = np.broadcast_to(np.asarray(spacing, float), (dim,)) if np.ndim(spacing) == 0 or np.shape(spacing) == (dim,) else np.zeros(1)
-    if not (np.isfinite(size) & (size > 0)).all(): raise ParameterError("spacing", f"is {spacing}", f"a positive number of mm, or {dim}, one an axis")
+    wanted = f"a positive number of mm, or {dim}, one an axis"
+    if np.ndim(spacing) > 1 or np.ndim(spacing) == 1 and len(spacing) != dim: raise ParameterError("spacing", f"is {spacing}", wanted)
+    size = np.broadcast_to(np.asarray(spacing, float), (dim,))
+    if not (np.isfinite(size) & (size > 0)).all(): raise ParameterError("spacing", f"is {spacing}", wanted)
     for name, value in mm.items():
         if not 0 <= value < np.inf: raise ParameterError(name, f"is {value}", "mm, at least 0")
     return size
 
+# %% ../nbs/012_annotations.ipynb #c007
 def trimap(region, inner_mm, outer_mm, spacing):
-    """What a loose contour says: region [*spatial] bool -> uint8 [*spatial], 1 inside, 0 outside, 2 not known: the band from `inner_mm` within to `outer_mm` beyond the contour, by Euclidean distance of voxel centres.
+    """What a loose contour says: region [*spatial] of 0 and 1 -> uint8 [*spatial], 1 inside, 0 outside, 2 not known: the band from `inner_mm` within to `outer_mm` beyond the contour, by Euclidean distance of voxel centres.
 
-    1: further than `inner_mm` from every voxel outside; 0: further than `outer_mm` from every voxel inside. Both 0 give the region itself; where the object leaves the image nothing is eroded. A structure thinner than the band keeps no 1. `spacing` in mm, one an axis. Errors: `ParameterError`."""
-    region = np.asarray(region, bool)
+    1: further than `inner_mm` from every voxel outside; 0: further than `outer_mm` from every voxel inside. Both 0 give the region itself; where the object leaves the image nothing is eroded; an empty region says 0 everywhere. An object nowhere deeper than `inner_mm` keeps no 1. `spacing` in mm, one an axis. Errors: `DataError`, `ParameterError`."""
+    region = _region(region, "trimap")
     size = _lengths(spacing, region.ndim, inner_mm=inner_mm, outer_mm=outer_mm)
     if region.all() or not region.any(): return region.astype(np.uint8)
     inside = distance_transform_edt(region, sampling=size) > inner_mm
     outside = distance_transform_edt(~region, sampling=size) > outer_mm
     return np.where(inside, 1, np.where(outside, 0, 2)).astype(np.uint8)
 
-# %% ../nbs/012_annotations.ipynb #c010
+# %% ../nbs/012_annotations.ipynb #c013
 def box_of(region):
-    "Corners of the tightest box of a region [*spatial] bool: int64 [dim,2], (start, stop) in voxels, stop not included. Errors: `DataError` for an empty region."
-    return np.array([(s.start, s.stop) for s in bounding_box(region)], dtype=np.int64)
+    "Corners of the tightest box of a region [*spatial] of 0 and 1: int64 [dim,2], (start, stop) in voxels, stop not included. Errors: `DataError` for an empty region."
+    return np.array([(s.start, s.stop) for s in bounding_box(_region(region, "box_of"))], dtype=np.int64)
 
 def box_map(region, margin_mm, spacing):
-    "What a box says: uint8 [*spatial], 0 outside of the region's box widened by `margin_mm` (whole voxels), 2 (not known) within; 0 everywhere for an empty region. Errors: `ParameterError`."
-    region = np.asarray(region, bool)
-    more = np.floor(margin_mm / _lengths(spacing, region.ndim, margin_mm=margin_mm) + 1e-9).astype(int)
+    "What a box around a region says: uint8 [*spatial], 0 outside of the tightest box widened by `margin_mm` (rounded up to whole voxels), 2 (not known) within; 0 everywhere for an empty region. Errors: `DataError`, `ParameterError`."
+    region = _region(region, "box_map")
+    more = np.ceil(margin_mm / _lengths(spacing, region.ndim, margin_mm=margin_mm) - 1e-9).astype(int)
     out = np.zeros(region.shape, np.uint8)
     if region.any(): out[tuple(slice(max(a - m, 0), b + m) for (a, b), m in zip(box_of(region), more))] = 2
     return out
 
-# %% ../nbs/012_annotations.ipynb #c014
+# %% ../nbs/012_annotations.ipynb #c017
 def point_map(centre, shape, spacing, inner_mm, outer_mm):
-    "What a click says: centre [dim] in mm (index times spacing) -> uint8 of `shape`, 1 up to `inner_mm` away, 2 (not known) up to `outer_mm`, 0 beyond; 0 <= inner_mm <= outer_mm. Errors: `ParameterError`."
+    "What a click at `centre` says: [dim] in mm (index times spacing, not world coordinates), inside the image -> uint8 of `shape`, 1 up to `inner_mm` away, 2 (not known) up to `outer_mm`, 0 beyond; 0 <= inner_mm <= outer_mm. Errors: `ParameterError`."
     size = _lengths(spacing, len(shape), inner_mm=inner_mm, outer_mm=outer_mm)
     if np.shape(centre) != (len(shape),) or not np.isfinite(centre).all() or inner_mm > outer_mm: raise ParameterError("point_map", f"centre {centre}, {inner_mm} and {outer_mm} mm", f"{len(shape)} finite coordinates in mm, inner_mm at most outer_mm")
+    if any(not -s/2 <= c <= (n - .5)*s for c, n, s in zip(centre, shape, size)): raise ParameterError("point_map", f"the click {tuple(float(c) for c in centre)} mm lies outside of the image", f"0 to {', '.join(f'{(n - 1)*s:g}' for n, s in zip(shape, size))} mm")
     far = np.sqrt(sum((grid * s - c)**2 for grid, s, c in zip(np.ix_(*map(np.arange, shape)), size, centre)))
     return np.where(far <= inner_mm, 1, np.where(far <= outer_mm, 2, 0)).astype(np.uint8)

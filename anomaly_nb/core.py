@@ -18,7 +18,7 @@ import os
 import random
 import sys
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 # %% ../nbs/000_core.ipynb #c005
@@ -151,6 +151,7 @@ class Settings:
     workers: int = 0       # data loading processes of one training
     processes: int = 0     # runs or subjects side by side; 0: one a core
     threads: int = 1       # threads inside one run
+    data: dict = field(default_factory=dict, hash=False)       # {data set: folder} of what was downloaded, section [data]
 
 _SECTIONS = {"paths": ("cohorts", "cache"), "runs": ("folder",), "compute": ("accelerator", "precision", "seed", "workers", "processes", "threads")}
 _ALLOWED = {"accelerator": ("auto", "cpu", "gpu"), "precision": ("32-true", "bf16-mixed", "16-mixed")}
@@ -169,7 +170,7 @@ def settings_file(start=None):
 
 # %% ../nbs/000_core.ipynb #c027
 def _read_entries(file, environ):
-    "Entries of the file, overridden by `environ`: {(section, entry): text}. Unknown names are errors."
+    "Entries of the file, overridden by `environ`: {(section, entry): text}. Unknown names are errors; in [data] every name of a data set is known (the catalog checks it)."
     known = {(s, e) for s, entries in _SECTIONS.items() for e in entries}
     found, parser = {}, configparser.ConfigParser(interpolation=None)
     if file:
@@ -177,10 +178,11 @@ def _read_entries(file, environ):
         except configparser.Error as error: raise SettingsError(file, f"cannot be read ({error})".replace("\n", " "), "lines 'entry = value' under [sections]") from None
         found = {(s, e): parser[s][e] for s in parser.sections() for e in parser[s]}
     for section, entry in found:
-        if (section, entry) not in known: choose(f"[{section}] {entry}", [f"[{s}] {e}" for s, e in sorted(known)], str(file))
+        if section != "data" and (section, entry) not in known: choose(f"[{section}] {entry}", [f"[{s}] {e}" for s, e in sorted(known)], str(file))
     names = {f"ANOMALY_NB_{s}_{e}".upper(): (s, e) for s, e in known}
     for name, value in environ.items():
-        if name.startswith("ANOMALY_NB_") and name != "ANOMALY_NB_SETTINGS": found[names[choose(name, sorted(names), "environment variable")]] = value
+        if name.startswith("ANOMALY_NB_DATA_"): found["data", name[16:].lower()] = value
+        elif name.startswith("ANOMALY_NB_") and name != "ANOMALY_NB_SETTINGS": found[names[choose(name, sorted(names), "environment variable")]] = value
     return found
 
 # %% ../nbs/000_core.ipynb #c028
@@ -189,15 +191,16 @@ def settings(start=None, environ=None):
     file = settings_file(start)
     base = file.parent if file else Path.cwd()
     entries = _read_entries(file, os.environ if environ is None else environ)
-    values = {"cohorts": "data/cohorts", "cache": "data/cache", "runs": "runs"} | {("runs" if e == "folder" else e): v.strip() for (_, e), v in entries.items()}
+    def place(text): return (base/os.path.expanduser(text)).resolve()
+    values = {"cohorts": "data/cohorts", "cache": "data/cache", "runs": "runs"} | {("runs" if e == "folder" else e): v.strip() for (s, e), v in entries.items() if s != "data"}
     for field in fields(Settings):
         name, value = field.name, values.get(field.name)
         if value is None: continue
-        if name in ("cohorts", "cache", "runs"): values[name] = (base/os.path.expanduser(value)).resolve()
+        if name in ("cohorts", "cache", "runs"): values[name] = place(value)
         elif name in _ALLOWED: choose(value, _ALLOWED[name], f"settings: {name}")
         elif not value.isdigit(): raise SettingsError(f"settings: {name}", f"is {value!r}", "a whole number, 0 or more")
         else: values[name] = int(value)
-    return Settings(**values)
+    return Settings(**values, data={e: place(v.strip()) for (s, e), v in entries.items() if s == "data" and v.strip()})
 
 # %% ../nbs/000_core.ipynb #c032
 def stable_hash(obj, length=12):

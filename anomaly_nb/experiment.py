@@ -24,12 +24,14 @@ from .core import DataError, ParameterError, choose, settings, write_aside, writ
 POOLS = ("train", "val", "val_anomalous", "test")   # every experiment reads these; what else a model needs comes on top
 
 def load_records(dataset, size, contrast, options="", model=None, path=""):
-    "Records of a data set of the catalog, `{pool: [Record]}`: the usual pools and those that `model` needs. `contrast` may join several with `+` (channels); `path`: where a person's own data lie. Errors: `ParameterError`, `DataError`."
+    "Records of a data set of the catalog, `{pool: [Record]}`: the usual pools and those that `model` needs. `contrast` may join several with `+` (channels); `path`: where a person's own data lie (default: `[data]` of settings.ini). Errors: `ParameterError`, `DataError`."
     needs = catalog.MODELS[choose(model, list(catalog.MODELS), "model")].needs if model else ()
     pools = (*POOLS, *(p for p in needs if p not in POOLS))
     takes = inspect.signature(catalog.DATASETS[choose(dataset, list(catalog.DATASETS), "dataset")].load()).parameters
     if path and "path" not in takes: raise ParameterError("path", f"is {path!r}, data set {dataset!r} is made here", "a path only for data that lie somewhere, such as dataset=folder")
-    if not path and "path" in takes and takes["path"].default is inspect.Parameter.empty: raise ParameterError("path", f"is empty, data set {dataset!r} lies somewhere", "path=FOLDER")
+    if not path and "path" in takes and takes["path"].default is inspect.Parameter.empty:
+        path = str(settings().data.get(dataset, ""))
+        if not path: raise ParameterError("path", f"is empty, data set {dataset!r} lies somewhere", f"path=FOLDER, or a line {dataset} = FOLDER under [data] in settings.ini")
     given = dict(size=size, contrast=tuple(contrast.split("+")) if "+" in contrast else contrast, pools=pools) | ({"path": path} if path else {})
     return catalog.build(catalog.DATASETS, dataset, "data", options, **given)
 

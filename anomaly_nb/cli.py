@@ -35,16 +35,22 @@ def make_parser():
     report = commands.add_parser("report", help="one HTML page over the finished runs")
     report.add_argument("folder", nargs="?", help="folder of the runs (default: the one in settings.ini)")
     report.add_argument("-o", "--output", help="file to write (default: report.html in that folder)")
-    data = commands.add_parser("data", help="list data sets, make an embedded cohort, check your own scans").add_subparsers(dest="action", required=True, metavar="ACTION")
+    data = commands.add_parser("data", help="data sets: what there is, is a copy whole and sound, bring it onto one grid").add_subparsers(dest="action", required=True, metavar="ACTION")
     data.add_parser("list", help="data sets of the catalog and their options")
+    info = data.add_parser("info", help="what a data set is, its licence, where to get it, its options, where it lies here")
     make = data.add_parser("make", help="make an embedded cohort (what is there is kept)")
-    check = data.add_parser("check", help="read every scan of a data set and say what is wrong (exit status 1) or unusual")
-    check.add_argument("--path", default="", help="folder or manifest of your scans")
-    for action in (make, check):
-        action.add_argument("dataset", help="a name of anomaly-nb data list")
+    check = data.add_parser("check", help="read every scan of a data set and say what is missing, wrong (exit status 1) or unusual")
+    prepare = data.add_parser("prepare", help="a copy with other voxels, bias correction, registration ...; goes on where it stopped")
+    for action in (info, make, check, prepare): action.add_argument("name", metavar="dataset", help="a name of anomaly-nb data list")
+    for action in (make, check, prepare):
         action.add_argument("-o", "--option", action="append", default=[], nargs="+", metavar="NAME=VALUE", help="an option of the data set; may be repeated")
         action.add_argument("--size", default="tiny", help="of an embedded cohort: tiny (default), demo or claims")
-        action.add_argument("--contrast", default="FLAIR", help="of a data set that has several: T1, T2, FLAIR, CT or several joined by + (default: FLAIR)")
+        action.add_argument("--contrast", default="", help="of a data set that has several: T1, T2, FLAIR, CT or several joined by + (default: the data set's own)")
+    for action in (check, prepare): action.add_argument("--path", default="", help="folder or manifest of the scans (default: [data] in settings.ini)")
+    prepare.add_argument("--steps", required=True, help="steps in order, such as \"resample=1.0 bias nyul\" (chapter 146)")
+    prepare.add_argument("--to", required=True, help="folder of the prepared copy")
+    prepare.add_argument("--processes", type=int, default=0, help="scans side by side (default: one a core)")
+    prepare.add_argument("--keep-going", action="store_true", help="leave broken scans out (named in provenance.json) instead of stopping at the end")
     commands.add_parser("doctor", help="versions, device, folders: is this machine ready?")
     return parser
 
@@ -191,30 +197,13 @@ def run(args):
     return status
 
 # %% ../nbs/740_cli.ipynb #c018
-_COMMON = ("size", "contrast", "pools", "path", "root", "processes", "cache")   # parameters of a data set that are no options
-
-def _list():
-    "Prints the data sets of the catalog, each with its options and their defaults."
-    import inspect
-    from anomaly_nb import catalog
-    for name, entry in catalog.DATASETS.items():
-        takes = inspect.signature(entry.load()).parameters
-        options = " ".join(f"{n}={p.default!r}".replace(" ", "") for n, p in takes.items() if n not in _COMMON)
-        print(f"{name:<12}{entry.about}\n{'':<12}{'-p path=FOLDER  ' if 'path' in takes else ''}data_options: {options}")
-
 def data(args):
-    "Lists the data sets of the catalog, makes an embedded cohort, or checks what a data set holds."
-    if args.action == "list": return _list()
-    from anomaly_nb.experiment import load_records, told
-    options = " ".join(f"{name}={value}" for name, value in read_pairs(args.option, "-o").items())
-    path = getattr(args, "path", "") and str(Path(args.path).expanduser().resolve())
-    records = load_records(args.dataset, args.size, args.contrast, options, **({"path": path} if path else {}))
-    if args.action == "check":
-        from anomaly_nb.data.check import check_records, print_check
-        found = check_records(records)
-        print_check(found)
-        return int(bool(found["problems"]))
-    print(f"{args.dataset} ({', '.join(v for v in told(args.dataset, size=args.size, contrast=args.contrast).values() if v)}): " + ", ".join(f"{pool} {len(items)}" for pool, items in records.items()))
+    "What `anomaly-nb data` is asked: chapter 738."
+    from anomaly_nb import data_commands
+    own = {k: v for k, v in vars(args).items() if k not in ("command", "action", "option")}
+    if "option" in vars(args): own["options"] = " ".join(f"{name}={value}" for name, value in read_pairs(args.option, "-o").items())
+    if own.get("path"): own["path"] = str(Path(own["path"]).expanduser().resolve())
+    return data_commands.ACTIONS[args.action](**own)
 
 # %% ../nbs/740_cli.ipynb #c020
 def doctor(args):

@@ -215,7 +215,9 @@ def with_foreground(record, method, cache=None):
         if not file.is_file():
             image, affine = read_image(record.images[0], said)
             write_volume(file, compute_foreground(image, method), affine)
-    except DataError: return record                      # the scan cannot be read: loading it says why, with all others (check_records)
+    except DataError as error:
+        if Path(error.where) == cache: raise
+        return record                                    # the scan cannot be read: loading it says why, with all others (check_records)
     except OSError as error: raise DataError(cache, f"the foreground cannot be written ({error.strerror or error})", "a writable folder with free space ([paths] cache in settings.ini)") from None
     return replace(record, foreground=str(file), meta=record.meta | {"foreground": method})
 

@@ -70,9 +70,9 @@ def make_cohort(name, size="tiny", contrast="", options=""):
 def prepare_set(name, to, steps, path="", size="tiny", contrast="", options="", processes=0, keep_going=False):
     "Writes a prepared copy of a data set and prints how many scans each pool has. Returns 0. Errors: `ParameterError`, `DataError` (broken scans, all of them; the others are written, and the same command goes on; `keep_going` leaves the broken ones out)."
     from anomaly_nb.data.prepare import prepare_records
-    from anomaly_nb.data.steps import read_steps
+    from anomaly_nb.data.steps import preparation_steps
     from anomaly_nb.experiment import ALL_POOLS, read_set
-    read_steps(steps)                                                                            # a typing error is said before anything is read
+    preparation_steps(steps)                                                                            # a typing error is said before anything is read
     made = prepare_records(read_set(name, size, contrast, options, ALL_POOLS, path), steps, to, processes, keep_going=keep_going)
     print(f"{name}, prepared in {to}: " + ", ".join(f"{pool} {len(items)}" for pool, items in made.items()))
     print(f"to use it: a line  {name} = {Path(to).expanduser().resolve()}  under [data] in settings.ini")

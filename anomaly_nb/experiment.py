@@ -24,18 +24,25 @@ from .core import DataError, ParameterError, choose, settings, write_aside, writ
 POOLS = ("train", "val", "val_anomalous", "test")   # every experiment reads these; what else a model needs comes on top
 ALL_POOLS = (*POOLS, "weak", "unlabelled")
 
+def _prepared(table, pools):
+    "The pools of a prepared copy, as its manifest deals them."
+    from anomaly_nb.data.folder import read_table
+    found = [r for r, _ in read_table(table)]
+    return {pool: items for pool in pools if (items := [r for r in found if r.meta["pool"] == pool])}
+
 def read_set(dataset, size, contrast, options, pools, path=""):
-    "Records of one data set of the catalog; where it lies: `path`, else [data] of settings.ini. A prepared copy (chapter 144) is read as it was written, whatever the set. Errors: `ParameterError`, `DataError`."
+    "Records of one data set of the catalog; where it lies: `path`, else [data] of settings.ini. A prepared copy (chapter 147) is read as it was written, whatever the set. Errors: `ParameterError`, `DataError`."
     takes = inspect.signature(catalog.DATASETS[choose(dataset, list(catalog.DATASETS), "dataset")].load()).parameters
     if path and "path" not in takes: raise ParameterError("path", f"is {path!r}, data set {dataset!r} is made here", "a path only for data that lie somewhere, such as dataset=folder")
     if not path and "path" in takes and takes["path"].default is inspect.Parameter.empty:
         path = str(settings().data.get(dataset, ""))
         if not path: raise ParameterError("path", f"is empty, data set {dataset!r} lies somewhere", f"path=FOLDER, or a line {dataset} = FOLDER under [data] in settings.ini")
-    prepared = bool(path) and (Path(path).expanduser()/"provenance.json").is_file() and (Path(path).expanduser()/"manifest.csv").is_file()
+    if path and dataset != "folder" and all((Path(path).expanduser()/name).is_file() for name in ("provenance.json", "manifest.csv")):
+        if options: raise ParameterError("data_options", f"are {options!r}, {path} is a prepared copy", "no options: they were applied when it was prepared")
+        return _prepared(Path(path).expanduser()/"manifest.csv", pools)
     given = dict(size=size, contrast=tuple(contrast.split("+")) if "+" in contrast else contrast, pools=pools) | ({"path": path} if path else {})
     if not contrast: del given["contrast"]                                                       # the reader's own
-    if prepared and options: raise ParameterError("data_options", f"are {options!r}, {path} is a prepared copy", "no options: they were applied when it was prepared")
-    return catalog.build(catalog.DATASETS, "folder" if prepared else dataset, "data", options, **given)
+    return catalog.build(catalog.DATASETS, dataset, "data", options, **given)
 
 def load_records(dataset, size, contrast, options="", model=None, path=""):
     "Records of a data set of the catalog, `{pool: [Record]}`: the usual pools and those that `model` needs. `contrast` may join several with `+` (channels; '': the reader's own); `path`: where a person's own data lie (default: `[data]` of settings.ini). Errors: `ParameterError`, `DataError`."

@@ -18,7 +18,7 @@ from anomaly_nb.data.prepare import prepare_records, write_table
 from anomaly_nb.data.preprocess import BiasCorrection, BrainMask, CropToForeground, Resample
 from anomaly_nb.data.records import Record, load_record, read_volume, write_volume
 from anomaly_nb.data.register import Register, carry, itk_image
-from anomaly_nb.data.steps import apply_steps, read_steps, steps_from
+from anomaly_nb.data.steps import apply_steps, preparation_steps, steps_from
 from anomaly_nb.data.transforms import CropOrPad, ZScore, describe
 
 SPACING, SHAPE = (3.0, 1.2, 0.8), (10, 24, 30)                        # z, y, x: every confusion of axes shows
@@ -103,8 +103,9 @@ def test_image_and_mask_move_together(spacing, order):
         inner = tuple(slice(2, -2) if n > 6 else slice(None) for n in new["image"].shape[1:])
         off = np.abs(new["image"][0] - edge) > 0.51                   # a mask knows its edge to half an old voxel
         assert (new["mask"][0] == (new["image"][0] > edge))[inner][off[inner]].all()
-        step = spacing[axis] / SPACING[axis]
-        places = new["image"][0].mean(tuple(a for a in range(3) if a != axis))[2:-2]
+        step = spacing[axis] / SPACING[axis]                          # a ramp of voxel numbers rises by this, all the way
+        margin = int(np.ceil(2 / step)) + 1
+        places = new["image"][0].mean(tuple(a for a in range(3) if a != axis))[margin:-margin]
         assert np.allclose(np.diff(places), step, atol=0.02 * step)
 
 
@@ -123,7 +124,7 @@ def test_cubic_is_exact_for_parabolas_and_antialiasing_takes_out_what_is_too_fin
     stripes = np.broadcast_to(np.arange(30) % 2 * 100.0, SHAPE).astype("float32")
     for order in ("linear", "cubic"):
         out = Resample((3.0, 1.2, 2.4), order=order)(sample(stripes))["image"][0, :, :, 1:-1]
-        assert np.ptp(out) < 15, "every third voxel was taken"
+        assert np.ptp(out) < 25, "every third voxel was taken"      # of 100
 
 
 def test_crop_and_resample_in_any_order_keep_a_landmark():
@@ -132,6 +133,13 @@ def test_crop_and_resample_in_any_order_keep_a_landmark():
     def place(s): return np.asarray(s["meta"]["affine"])[:3] @ [*ndimage.center_of_mass(s["mask"][0]), 1]
     chains = ((Resample((1.5, 0.6, 0.4)), CropToForeground(1)), (CropToForeground(1), Resample((1.5, 0.6, 0.4)), CropOrPad((30, 50, 60), cut=True)), (CropOrPad((14, 30, 32)), Resample(1.0)))
     for chain in chains: assert np.linalg.norm(place(apply_steps(s, chain)) - place(s)) < 0.4
+
+
+def test_itk_sees_the_array_where_it_reads_the_file(tmp_path):
+    import SimpleITK as itk
+    write_volume(tmp_path / "a.nii.gz", smooth(), oblique())
+    ours, theirs = itk_image(smooth(), oblique()), itk.ReadImage(str(tmp_path / "a.nii.gz"))
+    for i in ((0, 0, 0), (29, 0, 3), (4, 20, 9)): assert np.allclose(ours.TransformIndexToPhysicalPoint(i), theirs.TransformIndexToPhysicalPoint(i), atol=1e-3) and ours[i] == theirs[i]
 
 
 def test_carry_asks_the_scan_where_the_template_is():
@@ -225,7 +233,7 @@ def test_a_prepared_folder_reads_back_as_anybodys(scans, tmp_path):
     for pool in made:
         assert [(r.id, r.subject, r.label, r.images, r.mask, r.foreground, r.valid) for r in back[pool]] == [(r.id, r.subject, r.label, r.images, r.mask, r.foreground, r.valid) for r in made[pool]]
     ill = load_record(back["test"][1])
-    expected = apply_steps(load_record(scans["test"][1]), read_steps("resample=1.5,masks=nearest zscore crop=1"))
+    expected = apply_steps(load_record(scans["test"][1]), preparation_steps("resample=1.5,masks=nearest zscore crop=1"))
     for key in ("image", "mask", "foreground", "valid"): assert np.array_equal(ill[key], expected[key]), key
     assert not ill["valid"].all() and ill["id"] == "ill 1." and ill["meta"]["contrast"] == "FLAIR" and ill["meta"]["family"] == "ms"
     assert np.allclose(ill["meta"]["affine"], expected["meta"]["affine"], atol=1e-4)
@@ -328,10 +336,10 @@ def test_refuses_before_it_makes_anything(scans, tmp_path):
 
 
 def test_words_and_json_are_the_same_steps():
-    steps = read_steps("brain=otsu,strip bias=4,iterations=10x20 resample=3x1x1,order=cubic match,points=51 crop=2 size=32x48x48,cut=true")
+    steps = preparation_steps("brain=otsu,strip bias=4,iterations=10x20 resample=3x1x1,order=cubic match,points=51 crop=2 size=32x48x48,cut=true")
     assert steps == steps_from(json.loads(json.dumps(describe(steps))))
     assert steps[1] == BiasCorrection(4, (10, 20)) and steps[0] == BrainMask("otsu", True) and steps[2].spacing == (3.0, 1.0, 1.0) and steps[3] == HistogramMatch(51)
     for text in ("bias,iterations=10", "resample=1x1", "crop=-1", "size=12x12x1.5y", "nyul,standard=1", "match=", "rescale,lower=a"):
-        try: read_steps(text)
+        try: preparation_steps(text)
         except (ParameterError, DataError): continue
-        assert text == "bias,iterations=10" and read_steps(text)[0].iterations == (10,)            # one number for a list of one
+        assert text == "bias,iterations=10" and preparation_steps(text)[0].iterations == (10,)            # one number for a list of one

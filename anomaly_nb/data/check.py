@@ -13,14 +13,16 @@ import nibabel as nib
 import numpy as np
 
 from ..core import DataError, track
-from .formats import PICTURES
+from .formats import DICOMS, PICTURES
 from .records import file_hash, load_record
 
 # %% ../../nbs/data/171_check.ipynb #c006
 def orientation(path):
-    "How a file stores its axes: \"RAS\" and the like for NIfTI (read from the header), else \"picture\" or \"npz\"."
-    if Path(path).suffix.lower() in PICTURES: return "picture"
-    if Path(path).suffix.lower() == ".npz": return "npz"
+    "How a file stores its axes: \"RAS\" and the like for NIfTI (read from the header), else what kind of file it is: \"picture\", \"npz\", \"DICOM\", \"MetaImage\"."
+    kind = Path(path).suffix.lower()
+    if kind in PICTURES: return "picture"
+    if kind in DICOMS: return "DICOM"
+    if kind in (".npz", ".mha"): return {".npz": "npz", ".mha": "MetaImage"}[kind]
     return "".join(nib.aff2axcodes(nib.load(path).affine))
 
 def measure(record):
@@ -49,18 +51,17 @@ def _pool(records, rows):
 
 # %% ../../nbs/data/171_check.ipynb #c010
 def _across(records):
-    "Problems between pools: a subject, or the same file content, in two of them."
+    "Problems between scans: a subject in two pools, or the same file content under two ids."
     problems, whose, content = [], {}, {}
     for pool, items in records.items():
         for r in items:
             whose.setdefault(r.subject, {}).setdefault(pool, r.id)
             for path in r.images:
-                if Path(path).is_file(): content.setdefault(file_hash(path), {}).setdefault(pool, (r.id, path))
+                if Path(path).is_file(): content.setdefault(file_hash(path), {}).setdefault(r.id, (pool, path))
     for subject, pools in whose.items():
         if len(pools) > 1: problems.append(f"subject {subject!r} stands in {' and '.join(pools)} (scans {', '.join(pools.values())}); expected: each subject in one pool")
-    for pools in content.values():
-        ids = [i for i, _ in pools.values()]
-        if len(pools) > 1 and len(set(ids)) > 1: problems.append(f"{next(iter(pools.values()))[1]}: the same image stands in {' and '.join(f'{p} as {i!r}' for p, (i, _) in pools.items())}; expected: different scans")
+    for ids in content.values():
+        if len(ids) > 1: problems.append(f"{next(iter(ids.values()))[1]}: the same image stands in {' and '.join(f'{pool} as {i!r}' for i, (pool, _) in list(ids.items())[:4])}{' and elsewhere' if len(ids) > 4 else ''}; expected: different scans")
     return problems
 
 # %% ../../nbs/data/171_check.ipynb #c012
@@ -69,7 +70,7 @@ def _hints(records, rows):
     hints, grids = [], _count(row["grid"] for row in rows)
     sizes = np.array([[int(n) for n in g.split("x")] for g in grids])
     if len(grids) > 1: hints.append(f"{len(grids)} different grids ({', '.join(f'{n} of {g}' for g, n in list(grids.items())[:3])}{', ...' if len(grids) > 3 else ''}): an experiment needs one; -p grid={'x'.join(map(str, sizes.max(0)))} pads all to the largest, less crops about the centre")
-    if len(spacings := _count(row["spacing"] for row in rows)) > 1: hints.append(f"{len(spacings)} different voxel sizes ({', '.join(list(spacings)[:3])} mm): nothing here resamples")
+    if len(spacings := _count(row["spacing"] for row in rows)) > 1: hints.append(f"{len(spacings)} different voxel sizes ({', '.join(list(spacings)[:3])} mm): `anomaly-nb data prepare` brings them onto one")
     if len(channels := _count(row["channels"] for row in rows)) > 1: hints.append(f"{' and '.join(channels)} channels: an experiment needs one number")
     zeros = [row["zeros"] for row in rows if row["foreground"] == 1]
     if zeros and np.median(zeros) > .1: hints.append(f"{np.median(zeros):.0%} of the voxels have the scan's smallest value and there is no foreground: air takes part in the z-score; the option foreground=nonzero (or otsu) leaves it out")

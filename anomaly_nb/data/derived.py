@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LESION_SHARES', 'label_file', 'majority_file', 'channel_files', 'folders_below', 'several', 'missing_files',
-           'make_each', 'deal_person', 'contrasts_of']
+           'make_each', 'make_pools', 'deal_person', 'contrasts_of']
 
 # %% ../../nbs/data/193_derived.ipynb #c003
 import os
@@ -143,6 +143,11 @@ def make_each(root, items, make, what="scans"):
     if len(wrong) == 1: raise wrong[0]
     if wrong: raise several(root, f"{len(wrong)} of {len(items)} {what} cannot be used", list(map(str, wrong)), "files that can be read and hold what the set says")
     return made
+
+def make_pools(root, pools, make, what="scans"):
+    "`{pool: [make(item) for each of its items]}`, as `make_each` does it, over all pools together."
+    made = iter(make_each(root, [item for items in pools.values() for item in items], make, what))
+    return {pool: [next(made) for _ in items] for pool, items in pools.items()}
 
 # %% ../../nbs/data/193_derived.ipynb #c034
 LESION_SHARES = {"test": 0.5, "val_anomalous": 0.2, "weak": 0.3}      # of people who are all ill, where the set has no split of its own

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core import DataError, ParameterError, choose, settings, stable_hash
 from .cache import content_hash
-from .derived import contrasts_of, folders_below, make_each, missing_files
+from .derived import contrasts_of, folders_below, make_each, make_pools, missing_files
 from .folder import FOREGROUNDS, with_foreground
 from .ms_sets import ILL_POOLS, deal_ill
 from .records import Record, read_volume, write_volume
@@ -88,4 +88,4 @@ def isles_records(path, contrast="FLAIR", pools=ILL_POOLS, flip_y=None, foregrou
     lost = [os.path.relpath(f, root) for f in wanted if lost_affine(f)] if flip_y is None else []
     if lost: raise DataError(root, f"{len(lost)} of {len(wanted)} files have lost their orientation (the first: {lost[0]}): it does not say where front is", "the original files; or flip_y=False or flip_y=True, whichever shows the front of the head on top (left and right stay unknown)")
     def finish(r): return with_foreground(replace(r, images=tuple(flipped_file(f, cache) for f in r.images), mask=r.mask and flipped_file(r.mask, cache)) if flip_y else r, foreground, cache)
-    return {pool: make_each(root, items, finish, "scans") for pool, items in deal_ill(found, "isles", pools, shares, seed).items()}
+    return make_pools(root, deal_ill(found, "isles", pools, shares, seed), finish, "scans")

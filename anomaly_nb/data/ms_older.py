@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core import DataError, choose, settings, stable_hash
 from .cache import content_hash
-from .derived import contrasts_of, folders_below, majority_file, make_each, missing_files
+from .derived import contrasts_of, folders_below, majority_file, make_pools, missing_files
 from .folder import FOREGROUNDS, with_foreground
 from .metaimage import _itk
 from .ms_sets import ILL_POOLS, deal_ill, found_file
@@ -124,7 +124,7 @@ def msseg2008_records(path, contrast="FLAIR", pools=ILL_POOLS, annotation="given
     wanted = [f for r in found for f in r.files]
     missing_files(root, [*wanted, *(p for p in _payloads(wanted) if p not in wanted)])
     def finish(r): return with_foreground(replace(r, images=tuple(nrrd_file(f, cache) for f in r.images), mask=r.mask and nrrd_file(r.mask, cache)), foreground, cache)
-    return {pool: make_each(root, items, finish, "cases") for pool, items in deal_ill(found, "msseg2008", pools, shares, seed).items()}
+    return make_pools(root, deal_ill(found, "msseg2008", pools, shares, seed), finish, "cases")
 
 # %% ../../nbs/data/199_ms_older.ipynb #c028
 ISBI_FILES = {"FLAIR": "flair", "T1": "mprage", "T2": "t2", "PD": "pd"}
@@ -156,4 +156,4 @@ def isbi_records(path, contrast="FLAIR", pools=ILL_POOLS, annotation=1, foregrou
         found.append(Record(name, f"isbi-{case}", tuple(file("preprocessed", f"{ISBI_FILES[c]}_pp") for c in channels), 1, outlines[name][0] if train else None, train, meta=meta))
     missing_files(root, [f for r in found for f in dict.fromkeys([*r.files, *outlines[r.id]])])
     def finish(r): return with_foreground(replace(r, mask=majority_file(outlines[r.id], cache=cache)) if len(outlines[r.id]) > 1 else r, foreground, cache)
-    return {pool: make_each(root, items, finish, "scans") for pool, items in deal_ill(found, "isbi", pools, shares, seed).items()}
+    return make_pools(root, deal_ill(found, "isbi", pools, shares, seed), finish, "scans")

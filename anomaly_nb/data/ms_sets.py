@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core import DataError, ParameterError, choose
-from .derived import LESION_SHARES, contrasts_of, deal_person, label_file, majority_file, make_each, missing_files
+from .derived import LESION_SHARES, contrasts_of, deal_person, label_file, majority_file, make_pools, missing_files
 from .folder import FOREGROUNDS, POOLS, with_foreground
 from .records import Record
 
@@ -77,9 +77,9 @@ def mslub_records(path, contrast="FLAIR", pools=ILL_POOLS, version="coregistered
                             foreground=found_file(masks, names("brainmask")) if foreground == "given" else None, meta=meta))
     missing_files(root, [f for r in found for f in r.files])
     def finish(r): return with_foreground(replace(r, mask=label_file(r.mask, above=0.9, cache=cache)), foreground, cache)
-    return {pool: make_each(root, items, finish, "outlines") for pool, items in deal_ill(found, "mslub", pools, shares, seed).items()}
+    return make_pools(root, deal_ill(found, "mslub", pools, shares, seed), finish, "outlines")
 
-# %% ../../nbs/data/196_ms_sets.ipynb #c030
+# %% ../../nbs/data/196_ms_sets.ipynb #c029
 MSSEG_FILES = {"FLAIR": "FLAIR", "T1": "T1", "T1ce": "GADO", "T2": "T2", "PD": "DP"}
 RATERS = 7
 
@@ -92,7 +92,7 @@ def _msseg_patients(root):
         if not folders: raise DataError(root/part, "holds no patient", expected)
         for p in folders: yield part, p.parent.name, p
 
-# %% ../../nbs/data/196_ms_sets.ipynb #c031
+# %% ../../nbs/data/196_ms_sets.ipynb #c030
 def msseg_records(path, contrast="FLAIR", pools=ILL_POOLS, year=2016, annotation="consensus", version="preprocessed", foreground="given", shares=None, seed=0, cache=None):
     """Records of MSSEG 2016: {pool: [Record]}; Testing: test; Training: val_anomalous and weak, by subject. Other pools do not exist and are left out. year=2008: see `ms_older.msseg2008_records`.
 
@@ -114,4 +114,4 @@ def msseg_records(path, contrast="FLAIR", pools=ILL_POOLS, year=2016, annotation
         found.append(Record(name, name, tuple(file(p/folder, f"{MSSEG_FILES[c]}{ending}") for c in channels), 1, outlines[name][0], foreground=file(p/"Masks", "Brain_Mask") if foreground == "given" else None, meta=meta))
     missing_files(root, [f for r in found for f in dict.fromkeys([*r.files, *outlines[r.id]])])
     def finish(r): return with_foreground(replace(r, mask=majority_file(outlines[r.id], cache=cache)) if annotation == "majority" else r, foreground, cache)
-    return {pool: make_each(root, items, finish, "outlines") for pool, items in deal_ill(found, "msseg2016", pools, shares, seed).items()}
+    return make_pools(root, deal_ill(found, "msseg2016", pools, shares, seed), finish, "outlines")

@@ -31,8 +31,8 @@ class FitTransform(Transform):
     def _check_fitted(self):
         if not self.fitted: raise ParameterError(type(self).__name__, "has not learned its standard", "fit(training samples) first")
 
-    def _learned(self, measures):
-        "The mean over scans of [C,L] numbers, as nested tuples in the field `learned`. Errors: `ParameterError`, `DataError` for scans with different channels."
+    def learn(self, measures):
+        "A new step whose field `learned` is the mean over scans of their `measure`, [C][L] numbers. Errors: `ParameterError` for none, `DataError` for scans with different channels."
         if not measures: raise ParameterError(type(self).__name__, "got no scan to learn from", "at least one training scan")
         if len({np.shape(m) for m in measures}) > 1: raise DataError(type(self).__name__, f"learns from scans with {' and '.join(sorted({str(len(m)) for m in measures}))} channels", "one number of channels")
         return dataclasses.replace(self, **{self.learned: tuple(tuple(float(v) for v in c) for c in np.mean(measures, axis=0))})
@@ -93,8 +93,6 @@ class Nyul(FitTransform):
 
     def measure(self, sample): return _to_scale(landmarks(sample, self.percentiles), self.scale).tolist()
 
-    def learn(self, measures): return self._learned(measures)
-
     def __call__(self, sample):
         self._check_fitted()
         return bend(sample, landmarks(sample, self.percentiles), self.standard, self.background)
@@ -133,8 +131,6 @@ class HistogramMatch(FitTransform):
     def measure(self, sample):
         ends = landmarks(sample, (1, 99))
         return ((self._quantiles(sample) - ends[:, :1])/(ends[:, 1:] - ends[:, :1])).tolist()
-
-    def learn(self, measures): return self._learned(measures)
 
     def __call__(self, sample):
         self._check_fitted()

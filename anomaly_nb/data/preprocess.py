@@ -87,7 +87,7 @@ def moved_meta(meta, affine, start, ratio, shape):
     shape = tuple(int(n) for n in shape)
     return dict(meta) | dict(affine=A.tolist(), spacing=tuple(float(s) for s in np.linalg.norm(A[:3, :3], axis=0)), volume_shape=shape, origin=(0, 0, 0), extent=shape)
 
-# %% ../../nbs/data/141_preprocess.ipynb #c025
+# %% ../../nbs/data/141_preprocess.ipynb #c024
 @dataclass(frozen=True)
 class BrainMask(Transform):
     """The foreground: "given" (of the record), "nonzero" or "otsu" (of the image; with a skull that is the head). `strip`: 0 outside of it in the image. `meta` says which, how many ml, and how many lesion voxels lie outside.
@@ -108,7 +108,7 @@ class BrainMask(Transform):
         said = dict(foreground=self.method, foreground_ml=round(float(inside.sum()*np.prod(sample["meta"]["spacing"])/1000), 3), mask_outside=int((sample["mask"] & ~inside).sum()))
         return sample | {"foreground": inside, "meta": sample["meta"] | said} | ({"image": sample["image"]*inside} if self.strip else {})
 
-# %% ../../nbs/data/141_preprocess.ipynb #c029
+# %% ../../nbs/data/141_preprocess.ipynb #c028
 @contextlib.contextmanager
 def one_thread():
     "SimpleITK with one thread a filter inside: sums are added in one order, the same input gives the same bits."
@@ -118,7 +118,7 @@ def one_thread():
     try: yield itk
     finally: itk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
-# %% ../../nbs/data/141_preprocess.ipynb #c030
+# %% ../../nbs/data/141_preprocess.ipynb #c029
 def bias_field(image, inside, shrink=2, iterations=(20, 20, 20), fwhm=0.15, control_points=4, convergence=1e-3):
     "The smooth factor on an image [D,H,W] by N4 in the mask `inside`: float32 [D,H,W], positive, geometric mean 1 in the mask. One thread."
     image, inside = np.ascontiguousarray(image, dtype=np.float32), np.asarray(inside) & (image > 0)
@@ -132,7 +132,7 @@ def bias_field(image, inside, shrink=2, iterations=(20, 20, 20), fwhm=0.15, cont
         log = itk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(full)).astype(np.float64)
     return np.exp(log - log[inside].mean()).astype(np.float32)
 
-# %% ../../nbs/data/141_preprocess.ipynb #c031
+# %% ../../nbs/data/141_preprocess.ipynb #c030
 @dataclass(frozen=True)
 class BiasCorrection(Transform):
     """Divides each channel by its field of N4 (SimpleITK), estimated in the foreground on every `shrink`-th voxel; `iterations` a level, `fwhm` and `control_points` (first level) as in N4. `meta["bias"]`: each field's 95th over 5th percentile.
@@ -161,7 +161,7 @@ class BiasCorrection(Transform):
             strength.append(round(float(high/low), 4))
         return sample | {"image": image, "meta": sample["meta"] | {"bias": strength}}
 
-# %% ../../nbs/data/141_preprocess.ipynb #c038
+# %% ../../nbs/data/141_preprocess.ipynb #c037
 @dataclass(frozen=True)
 class CropToForeground(Transform):
     "The box round the foreground, `margin` voxels wider where the array allows. `meta[\"mask_cut\"]`: lesion voxels that were cut off. Errors: `ParameterError`; `DataError` without a foreground."

@@ -92,7 +92,7 @@ def _transform(fixed, moving, middles, kind, **how):
     return LPS @ M @ LPS, before, after
 
 # %% ../../nbs/data/143_register.ipynb #c015
-def carry(array, affine, matrix, shape, target, order=1, mode="constant"):
+def carry(array, affine, matrix, shape, target, order=1, mode="grid-constant"):
     "Array [D,H,W] on the grid of `affine`, read on a grid of `shape` with affine `target` through `matrix` (4x4: target's RAS mm -> array's RAS mm): float32. `order`: 0 nearest, 1 linear, 3 cubic; outside 0, or the border (`mode=\"nearest\"`)."
     from scipy import ndimage
     index = np.linalg.inv(np.asarray(affine, dtype=float)) @ np.asarray(matrix) @ np.asarray(target, dtype=float)          # target voxel -> array voxel

@@ -173,7 +173,7 @@ class Equalise(Transform):
 
 # %% ../../nbs/data/140_transforms.ipynb #c037
 @dataclass(frozen=True)
-class Window:
+class Window(Transform):
     "CT: Hounsfield units clipped to windows (width, level) and scaled to 0 to 1; each channel becomes one channel a window; `background` outside the foreground. Errors: `DataError` for a width that is not positive."
     windows: tuple[tuple[float, float], ...] = ((80.0, 40.0),)
     background: float = 0.0

@@ -38,7 +38,7 @@ def show_info(name):
     takes = inspect.signature(entry.load()).parameters
     print(about_set(name) if name in PUBLIC_SETS else f"{'data set':<10}{entry.about}")
     if "contrast" in takes: print(f"{'contrast':<10}{takes['contrast'].default} by default")
-    print(f"{'options':<10}{options_of(name)}")
+    print(f"{'options':<10}{options_of(name).partition('data_options: ')[2]}\n{'given by':<10}data ... -o NAME=VALUE, or run ... -p data_options=\"NAME=VALUE\"")
     if "path" in takes and takes["path"].default is inspect.Parameter.empty: print(f"{'here':<10}{settings().data.get(name, f'not told: a line  {name} = FOLDER  under [data] in settings.ini, or --path')}")
     return 0
 
@@ -58,15 +58,18 @@ def check_set(name, path="", size="tiny", contrast="", options=""):
     if counted := compare_counts(name, records)[0]: print(counted)
     return int(bool(found["problems"]))
 
-# %% ../nbs/738_data_commands.ipynb #c015
+# %% ../nbs/738_data_commands.ipynb #c016
 def make_cohort(name, size="tiny", contrast="", options=""):
     "Makes an embedded cohort (what is there is kept) and prints how many scans each pool has. Returns 0. Errors: `ParameterError`."
+    from anomaly_nb import catalog
     from anomaly_nb.experiment import load_records, told
+    path = inspect.signature(catalog.DATASETS[choose(name, list(catalog.DATASETS), "dataset")].load()).parameters.get("path")
+    if path and path.default is inspect.Parameter.empty and not settings().data.get(name): raise ParameterError("dataset", f"{name!r} is not made here", f"an embedded cohort, or a copy that you bring: anomaly-nb data info {name}")
     records = load_records(name, size, contrast, options)
     print(f"{name} ({', '.join(v for v in told(name, size=size, contrast=contrast).values() if v)}): " + ", ".join(f"{pool} {len(items)}" for pool, items in records.items()))
     return 0
 
-# %% ../nbs/738_data_commands.ipynb #c018
+# %% ../nbs/738_data_commands.ipynb #c019
 def prepare_set(name, to, steps, path="", size="tiny", contrast="", options="", processes=0, keep_going=False):
     "Writes a prepared copy of a data set and prints how many scans each pool has. Returns 0. Errors: `ParameterError`, `DataError` (broken scans, all of them; the others are written, and the same command goes on; `keep_going` leaves the broken ones out)."
     from anomaly_nb.data.prepare import prepare_records
@@ -78,5 +81,5 @@ def prepare_set(name, to, steps, path="", size="tiny", contrast="", options="", 
     print(f"to use it: a line  {name} = {Path(to).expanduser().resolve()}  under [data] in settings.ini")
     return 0
 
-# %% ../nbs/738_data_commands.ipynb #c019
+# %% ../nbs/738_data_commands.ipynb #c020
 ACTIONS = {"list": list_sets, "info": show_info, "make": make_cohort, "check": check_set, "prepare": prepare_set}

@@ -104,7 +104,7 @@ def is_current(job):
         return file.is_file() and (state := file.stat()).st_size == size and (state.st_mtime_ns == mtime or file_hash(file) == digest)
     return all(same(name, *state) for name, state in note["files"].items())
 
-# %% ../../nbs/data/147_prepare.ipynb #c011
+# %% ../../nbs/data/147_prepare.ipynb #c014
 _VERSION = 1      # of what the steps do; raised when a step changes its numbers
 
 def file_name(name):
@@ -133,7 +133,7 @@ def _run(jobs, processes, description):
     notes = {j.record.id: _read_note(j.note) for j in jobs}
     return {i: n for i, n in notes.items() if "record" in n}, {i: n.get("error", "was not prepared") for i, n in notes.items() if "record" not in n}
 
-# %% ../../nbs/data/147_prepare.ipynb #c013
+# %% ../../nbs/data/147_prepare.ipynb #c016
 def _fit(records, steps, out, processes, cache):
     "The steps with all that learn fitted on pool train -> (steps, {id: record} of staged training scans, number of steps they have behind them)."
     staged, skip = {}, 0
@@ -157,7 +157,7 @@ def _record(folder, new):
     def file(name): return str(folder/name) if name else None
     return Record(new["id"], new["subject"], tuple(file(n) for n in new["images"]), new["label"], file(new.get("mask")), new["mask_known"], file(new.get("foreground")), file(new.get("valid")), new["meta"])
 
-# %% ../../nbs/data/147_prepare.ipynb #c015
+# %% ../../nbs/data/147_prepare.ipynb #c018
 def write_table(path, records):
     "Writes records {pool: [Record]} as the manifest of `folder_records`, whole or not at all; paths relative to its folder."
     base, items = Path(path).resolve().parent, [(p, r) for p, rs in records.items() for r in rs]
@@ -173,7 +173,7 @@ def write_table(path, records):
             family = "" if unknown or (family.lower() in NORMAL) == bool(r.label) else family
             rows.writerow(["|".join(map(short, r.images)), r.subject, r.id, "" if unknown else r.label, short(r.mask), family, pool, short(r.foreground), short(r.valid), text(r.meta.get("site", "")), *(text(r.meta.get(k)) for k in extra)])
 
-# %% ../../nbs/data/147_prepare.ipynb #c017
+# %% ../../nbs/data/147_prepare.ipynb #c020
 def _check_set(records, out):
     "Raises `ParameterError`, `DataError` or `LeakageError` for a set that could not be written or read back."
     for pool in records: choose(pool, POOLS, "records: pool")
@@ -185,7 +185,7 @@ def _check_set(records, out):
     if out.exists() and not out.is_dir(): raise DataError(out, "is a file", "a folder to write to")
     if out.is_dir() and not (out/"provenance.json").is_file() and any(p.name != ".lock" for p in out.iterdir()): raise DataError(out, "holds files and was not made by prepare", "an empty or new folder")
 
-# %% ../../nbs/data/147_prepare.ipynb #c018
+# %% ../../nbs/data/147_prepare.ipynb #c021
 def prepare_records(records, steps, out, processes=0, precision="float32", keep_going=False, cache=None):
     """Applies steps to all records, writes them under `out` with manifest.csv and provenance.json -> {pool: [Record]} of the prepared files. What an earlier run finished is kept where sources and steps are the same.
 
@@ -210,7 +210,7 @@ def prepare_records(records, steps, out, processes=0, precision="float32", keep_
         raise DataError(f"{out}: {len(broken)} of {sum(map(len, records.values()))} scans could not be prepared; all others are written (keep_going=True leaves these out)\n" + "\n".join(f"  {i}: {why}" for i, why in broken.items()))
     return {pool: items for pool, items in made.items() if items}
 
-# %% ../../nbs/data/147_prepare.ipynb #c019
+# %% ../../nbs/data/147_prepare.ipynb #c022
 def _provenance(records, steps, out, jobs, notes, broken, precision, cache):
     "What provenance.json says at the end; takes away the stages, which are no longer needed."
     shutil.rmtree(out/"stages", ignore_errors=True)

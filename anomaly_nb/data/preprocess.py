@@ -24,7 +24,7 @@ def check_number(name, value, low=-np.inf, high=np.inf, whole=False):
     if not good: raise ParameterError(name, f"is {value!r}", f"a {'whole ' if whole else ''}number" + (f" from {low:g}" if low > -np.inf else "") + (f" to {high:g}" if high < np.inf else ""))
     return value
 
-# %% ../../nbs/data/141_preprocess.ipynb #c009
+# %% ../../nbs/data/141_preprocess.ipynb #c011
 KERNELS = {"linear": lambda t: np.maximum(0, 1 - t), "cubic": lambda t: np.where(t < 1, (1.5*t - 2.5)*t*t + 1, np.where(t < 2, ((2.5 - .5*t)*t - 4)*t + 2, 0))}      # of the distance t >= 0 in voxels
 
 def new_axis(n, ratio):
@@ -49,7 +49,7 @@ def along_axes(array, matrices):
         if W is not None: array = np.moveaxis(np.tensordot(W, array, (1, axis)), 0, axis)
     return np.ascontiguousarray(array)
 
-# %% ../../nbs/data/141_preprocess.ipynb #c012
+# %% ../../nbs/data/141_preprocess.ipynb #c014
 @dataclass(frozen=True)
 class Resample(Transform):
     """To voxels of `spacing` (z, y, x) mm (one number: cubes), about the same middle. `order`: images "linear" or "cubic" (sharper, overshoots at edges), anti-aliased where coarser. `masks`: "linear" (then > 0.5) or "nearest".
@@ -78,7 +78,7 @@ class Resample(Transform):
         arrays = {k: image(sample[k]) for k in ("image", "clean", "positive", "anomaly_map", "target") if k in sample} | {k: binary(sample[k]) for k in ("mask", "foreground", "valid")}
         return sample | arrays | {"meta": moved_meta(sample["meta"], A, [p[0] for p in places], ratio, [len(p) for p in places])}
 
-# %% ../../nbs/data/141_preprocess.ipynb #c013
+# %% ../../nbs/data/141_preprocess.ipynb #c015
 def moved_meta(meta, affine, start, ratio, shape):
     "`meta` of a volume of `shape` whose voxel (0,0,0) is at `start` and whose axes step by `ratio`, both in voxels of the grid of `affine` ((d,h,w,1) -> RAS mm)."
     A = np.array(affine, dtype=float)
@@ -87,7 +87,7 @@ def moved_meta(meta, affine, start, ratio, shape):
     shape = tuple(int(n) for n in shape)
     return dict(meta) | dict(affine=A.tolist(), spacing=tuple(float(s) for s in np.linalg.norm(A[:3, :3], axis=0)), volume_shape=shape, origin=(0, 0, 0), extent=shape)
 
-# %% ../../nbs/data/141_preprocess.ipynb #c024
+# %% ../../nbs/data/141_preprocess.ipynb #c025
 @dataclass(frozen=True)
 class BrainMask(Transform):
     """The foreground: "given" (of the record), "nonzero" or "otsu" (of the image; with a skull that is the head). `strip`: 0 outside of it in the image. `meta` says which, how many ml, and how many lesion voxels lie outside.
@@ -161,7 +161,7 @@ class BiasCorrection(Transform):
             strength.append(round(float(high/low), 4))
         return sample | {"image": image, "meta": sample["meta"] | {"bias": strength}}
 
-# %% ../../nbs/data/141_preprocess.ipynb #c037
+# %% ../../nbs/data/141_preprocess.ipynb #c036
 @dataclass(frozen=True)
 class CropToForeground(Transform):
     "The box round the foreground, `margin` voxels wider where the array allows. `meta[\"mask_cut\"]`: lesion voxels that were cut off. Errors: `ParameterError`; `DataError` without a foreground."

@@ -35,7 +35,7 @@ def itk_image(array, affine, where="image"):
     image.SetSpacing(s.tolist()); image.SetOrigin(A[:3, 3].tolist()); image.SetDirection((u @ v).ravel().tolist())
     return image
 
-# %% ../../nbs/data/143_register.ipynb #c011
+# %% ../../nbs/data/143_register.ipynb #c015
 def _head(sample):
     "The foreground [D,H,W] of a sample; Otsu's where it has none."
     inside = sample["foreground"][0]
@@ -53,7 +53,7 @@ def _middle(inside, affine):
     "Centre of mass of a mask [D,H,W] in LPS mm."
     return (LPS @ np.asarray(affine) @ [*(w.mean() for w in np.nonzero(inside)), 1])[:3]
 
-# %% ../../nbs/data/143_register.ipynb #c012
+# %% ../../nbs/data/143_register.ipynb #c016
 def search(fixed, moving, start, bins=32, samples=60_000, levels=(4, 2, 1), iterations=200, seed=1):
     """The transform from places in `fixed` to places in `moving` (ITK images; LPS mm) that maximises Mattes mutual information -> (itk transform, metric at the start, metric at the end; lower is better).
 
@@ -73,7 +73,7 @@ def search(fixed, moving, start, bins=32, samples=60_000, levels=(4, 2, 1), iter
         method.SetInitialTransform(found, inPlace=False)
         return found, float(before), float(method.MetricEvaluate(fixed, moving))
 
-# %% ../../nbs/data/143_register.ipynb #c013
+# %% ../../nbs/data/143_register.ipynb #c017
 def _transform(fixed, moving, middles, kind, **how):
     "Rigid, and from there affine if asked -> (4x4 template -> scan in RAS mm, metric before, metric after)."
     import SimpleITK as itk
@@ -91,7 +91,7 @@ def _transform(fixed, moving, middles, kind, **how):
     M[:3, :3] = np.stack([np.array(found.TransformPoint(e)) - origin for e in np.eye(3).tolist()], 1)
     return LPS @ M @ LPS, before, after
 
-# %% ../../nbs/data/143_register.ipynb #c015
+# %% ../../nbs/data/143_register.ipynb #c019
 def carry(array, affine, matrix, shape, target, order=1, mode="grid-constant"):
     "Array [D,H,W] on the grid of `affine`, read on a grid of `shape` with affine `target` through `matrix` (4x4: target's RAS mm -> array's RAS mm): float32. `order`: 0 nearest, 1 linear, 3 cubic; outside 0, or the border (`mode=\"nearest\"`)."
     from scipy import ndimage
@@ -105,7 +105,7 @@ def _smoothed(channel, affine, target):
     sigma = np.sqrt(np.maximum(ratio**2 - 1, 0))/2.355                                              # a voxel's width as full width at half maximum
     return ndimage.gaussian_filter(channel, sigma, mode="nearest") if (sigma > .2).any() else channel
 
-# %% ../../nbs/data/143_register.ipynb #c016
+# %% ../../nbs/data/143_register.ipynb #c020
 def template_file(name):
     "The file of a template: the path given, or for \"mni152\" the T1 brain (without skull, 1 mm) that nilearn ships. Errors: `DataError`."
     if str(name) != "mni152": return str(name)
@@ -126,7 +126,7 @@ def _template(image, foreground, content):
     if not inside.any(): raise DataError(foreground or image, "is empty", "a foreground with voxels")
     return array, inside, affine
 
-# %% ../../nbs/data/143_register.ipynb #c017
+# %% ../../nbs/data/143_register.ipynb #c021
 @dataclass(frozen=True)
 class Register(Transform):
     """To the grid of `template` (a file, or "mni152"; `template_foreground`: its brain mask, else its nonzero voxels or Otsu's): image, masks, affine. `kind` "rigid" or "affine", found on `channel`, at `at` mm, with `bins`, `samples`, `levels`, `iterations` and `seed` as `search`.
@@ -171,7 +171,7 @@ class Register(Transform):
             raise DataError(f"sample {sample['id']!r}", f"could not be registered to {said['template']} (overlap of the foregrounds {after:.2f}, metric {said['metric_before']:.3f} -> {said['metric_after']:.3f})", f"an overlap of {self.min_overlap:g} or more and a better metric: same organ, the same kind of foreground (both with or both without skull), the whole organ in view")
         return _on_template(sample, A, M, inside.shape, target, 3 if self.order == "cubic" else 1, int(self.masks == "linear"), said)
 
-# %% ../../nbs/data/143_register.ipynb #c018
+# %% ../../nbs/data/143_register.ipynb #c022
 def _dice(a, b): return float(2*(a & b).sum()/max(1, a.sum() + b.sum()))
 
 def _find(step, sample):
@@ -185,7 +185,7 @@ def _find(step, sample):
     M, before, after = _transform(*coarse, middles, step.kind, bins=step.bins, samples=step.samples, levels=step.levels, iterations=step.iterations, seed=step.seed)
     return dict(kind=step.kind, template=Path(step.template).name, matrix=M.tolist(), metric_before=round(before, 5), metric_after=round(after, 5), start=start), A, M, head, inside, target
 
-# %% ../../nbs/data/143_register.ipynb #c019
+# %% ../../nbs/data/143_register.ipynb #c023
 def _on_template(sample, A, M, shape, target, order, mask_order, said):
     "The sample read through `M` on the template's grid; not `valid` and no foreground where the scan has no voxel."
     seen = carry(np.ones(sample["image"].shape[1:]), A, M, shape, target, 0) > .5

@@ -64,7 +64,7 @@ def _check_plain(step):
         wanted = kinds.get(type(f.default))
         if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and type(f.default) is not bool)): raise ParameterError(f"{type(step).__name__}: {f.name}", f"is {value!r}", f"something like {f.default!r}")
 
-# %% ../../nbs/data/146_steps.ipynb #c010
+# %% ../../nbs/data/146_steps.ipynb #c014
 def steps_from(descriptions):
     "Steps from the JSON of `describe` (`provenance.json`, entry \"steps\"): tuple. Errors: `ParameterError`, also for `Register`, whose template is a file that must be given again."
     kinds = {kind.__name__: kind for kind, _ in PREPARATIONS.values()}
@@ -83,7 +83,7 @@ def fitted_step(path, kind):
     if not steps: raise DataError(path, f"holds no fitted {kind.__name__}", "the provenance.json of a set that was prepared with it")
     return steps[0]
 
-# %% ../../nbs/data/146_steps.ipynb #c013
+# %% ../../nbs/data/146_steps.ipynb #c018
 def apply_steps(sample, steps):
     "The sample after all steps; `meta[\"contrast\"]` follows selected channels. Errors: `DataError` naming scan and step, also if the mask has lost its last voxel or the image is not finite or constant in its foreground."
     for step in steps:

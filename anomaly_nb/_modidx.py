@@ -1131,6 +1131,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'anomaly_nb/data_commands.py'),
                                           'anomaly_nb.data_commands.list_sets': ( 'data_commands.html#list_sets',
                                                                                   'anomaly_nb/data_commands.py'),
+                                          'anomaly_nb.data_commands.look_at_set': ( 'data_commands.html#look_at_set',
+                                                                                    'anomaly_nb/data_commands.py'),
                                           'anomaly_nb.data_commands.make_cohort': ( 'data_commands.html#make_cohort',
                                                                                     'anomaly_nb/data_commands.py'),
                                           'anomaly_nb.data_commands.options_of': ( 'data_commands.html#options_of',

@@ -51,8 +51,8 @@ def _pool(records, rows):
 
 # %% ../../nbs/data/171_check.ipynb #c010
 def _across(records):
-    "Problems between scans: a subject in two pools, or the same file content under two ids."
-    problems, whose, content = [], {}, {}
+    "(problems, hints): a subject, or the same file content, in two pools; the same content under two ids of one pool."
+    problems, hints, whose, content = [], [], {}, {}
     for pool, items in records.items():
         for r in items:
             whose.setdefault(r.subject, {}).setdefault(pool, r.id)
@@ -61,8 +61,11 @@ def _across(records):
     for subject, pools in whose.items():
         if len(pools) > 1: problems.append(f"subject {subject!r} stands in {' and '.join(pools)} (scans {', '.join(pools.values())}); expected: each subject in one pool")
     for ids in content.values():
-        if len(ids) > 1: problems.append(f"{next(iter(ids.values()))[1]}: the same image stands in {' and '.join(f'{pool} as {i!r}' for i, (pool, _) in list(ids.items())[:4])}{' and elsewhere' if len(ids) > 4 else ''}; expected: different scans")
-    return problems
+        if len(ids) < 2: continue
+        where = f"{next(iter(ids.values()))[1]}: the same image stands in {' and '.join(f'{pool} as {i!r}' for i, (pool, _) in list(ids.items())[:4])}{' and elsewhere' if len(ids) > 4 else ''}"
+        if len({pool for pool, _ in ids.values()}) > 1: problems.append(f"{where}; expected: different scans")
+        else: hints.append(f"{where}: it counts {len(ids)} times")
+    return problems, hints
 
 # %% ../../nbs/data/171_check.ipynb #c012
 def _hints(records, rows):
@@ -101,7 +104,8 @@ def check_records(records):
         everything += rows
     for i, n in Counter(r.id for items in records.values() for r in items).items():
         if n > 1: problems.append(f"the id {i!r} stands for {n} scans; expected: unique ids")
-    return {"pools": pools, "problems": problems + _across(records), "hints": _hints(records, everything)}
+    twice, repeated = _across(records)
+    return {"pools": pools, "problems": problems + twice, "hints": _hints(records, everything) + repeated}
 
 # %% ../../nbs/data/171_check.ipynb #c015
 def _words(counts, n=4):

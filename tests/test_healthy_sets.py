@@ -18,6 +18,7 @@ from anomaly_nb.data.healthy_sets import IXI_SITES, deal_sites, grids_differ, hc
 from anomaly_nb.data.records import load_record, read_manifest, write_manifest
 from anomaly_nb.data.torso import mood_records
 from anomaly_nb.data.transforms import wanted_transforms
+from anomaly_nb.experiment import read_set
 
 MARK, HALF = np.array([-24., 36., 30.]), (80, 96, 80)      # RAS mm: left, in front, up; half the field of view along right, front, up
 POOLS = ("train", "val", "test", "val_anomalous", "weak", "unlabelled")
@@ -335,6 +336,12 @@ def test_hcp_channels_masks_and_layouts(base, cache):
     one, two = (load_record(r["test"][0]) for r in (a, b))
     assert (one["image"] == two["image"][::-1]).all() and a["test"][0].meta["foreground"] == "given" and (one["foreground"][0] == (one["image"][0] > 0)).all()
     assert hcp_records(base/"HCP", pools="val", foreground="otsu", cache=cache)["val"][0].meta["foreground"] == "otsu"
+
+
+def test_several_contrasts_through_the_catalog(base, cache):
+    found = read_set("hcp", "tiny", "T1+T2", "", ("train", "val", "test"), str(base/"HCP"))           # an experiment joins contrasts by +, and hands a tuple on
+    assert {len(r.images) for r in everyone(found)} == {2} and {r.meta["contrast"] for r in everyone(found)} == {"T1+T2"}
+    with pytest.raises(DataError, match="T1 and T2 lie on different grids"): read_set("ixi", "tiny", "T1+T2", "", ("train",), str(base/"IXI"))
 
 
 def test_hcp_names_everything_that_is_missing(copy, cache):

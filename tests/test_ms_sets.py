@@ -13,7 +13,8 @@ from anomaly_nb.data import isles, ms_older, ms_sets
 from anomaly_nb.data.check import check_records
 from anomaly_nb.data.isles import flipped_file, isles_file, isles_records, lost_affine
 from anomaly_nb.data.ms_older import isbi_records, msseg2008_records, nrrd_file, nrrd_payload, read_nrrd
-from anomaly_nb.data.ms_sets import ILL_POOLS, deal_ill, mslub_records, msseg_records
+from anomaly_nb.data.derived import ILL_POOLS, deal_ill
+from anomaly_nb.data.ms_sets import mslub_records, msseg_records
 from anomaly_nb.data.records import Record, check_leakage, load_record, read_volume
 from anomaly_nb.data.sets import SliceSet, VolumeSet
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import DataError, LeakageError, ParameterError, rng_of, settings, some, track
 from .cache import content_hash
-from .derived import _derived
+from .derived import derived_file
 from .records import check_leakage, file_of, load_record, read_volume
 
 # %% ../../nbs/data/177_cross.ipynb #c010
@@ -32,12 +32,12 @@ def _cut(record, name, rule, which, least, meta, cache):
         return (sample["foreground"][0] & which(sample)[:, None, None]).astype(np.uint8), np.array(sample["meta"]["affine"])
     parts = {k: content_hash(f, cache) for k in ("mask", "foreground", "valid") if (f := file_of(record, k))}
     key = ["slices", rule, parts, [content_hash(f, cache) for f in record.images], record.meta.get("spacing")]
-    file = _derived(cache, key, make)
+    file = derived_file(cache, key, make)
     kept, affine = read_volume(file)
     if kept.any((1, 2)).sum() < least: return None
     cut = replace(record, id=name, label=0, mask=None, mask_known=True, foreground=file, meta=record.meta | meta)
     if not file_of(cut, "mask"): return cut
-    return replace(cut, mask=_derived(cache, ["empty", *key], lambda: (np.zeros(kept.shape, np.uint8), affine)))     # an npz brings its own mask
+    return replace(cut, mask=derived_file(cache, ["empty", *key], lambda: (np.zeros(kept.shape, np.uint8), affine)))     # an npz brings its own mask
 
 # %% ../../nbs/data/177_cross.ipynb #c011
 def lesion_free(record, margin_mm=10.0, least=3, cache=None):

@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 
 from ..core import DataError, ParameterError, choose
-from .derived import folders_below, label_file, make_each, missing_files
+from .derived import contrasts_of, folders_below, grid_of, label_file, make_each, missing_files
 from .folder import FOREGROUNDS, _check_options, split_subjects, with_foreground
 from .formats import read_bytes
 from .records import Record, _same_grid, file_hash, to_convention
@@ -82,12 +82,6 @@ def deal_sites(sites, split=(0.6, 0.2, 0.2), seed=0, where="split"):
     each = {site: [s for s, its in sites.items() if its == site] for site in sorted({*sites.values()})}
     return {s: pool for site, subjects in each.items() for s, pool in split_subjects(subjects, split, seed, f"{where}, site {site}" if site else where).items()}
 
-def _contrasts(contrast, known):
-    "\"T1+T2\" -> (\"T1\", \"T2\"). Errors: `ParameterError`."
-    wanted = tuple(choose(c, known, "contrast") for c in str(contrast).split("+"))
-    if len({*wanted}) < len(wanted): raise ParameterError("contrast", f"is {contrast!r}", "each one once")
-    return wanted
-
 def _into_pools(records, home, pools, foreground, cache, where):
     "{pool: [Record]} of the asked pools, with foregrounds. `home`: {subject: pool}. Errors: `DataError` for a pool without anyone."
     found = {pool: [with_foreground(replace(r, meta=r.meta | {"pool": pool}), foreground, cache) for r in records if home[r.subject] == pool] for pool in ([pools] if isinstance(pools, str) else pools)}
@@ -98,12 +92,10 @@ def _into_pools(records, home, pools, foreground, cache, where):
 # %% ../../nbs/data/198_healthy_sets.ipynb #c020
 def grids_differ(files):
     "Whether volumes (NIfTI) lie on different grids, by their headers; False where one cannot be read (loading it says why)."
+    grids = [grid_of(f) for f in files]
+    if None in grids: return False
     try:
-        heads = [nib.load(f) for f in files]
-        grids = [to_convention(np.broadcast_to(np.uint8(0), h.shape[:3]), h.affine) for h in heads]
-    except (OSError, EOFError, ValueError, TypeError, zlib.error, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError): return False
-    try:
-        for file, (array, affine) in zip(files[1:], grids[1:]): _same_grid(file, array, affine, files[0], grids[0][0].shape, grids[0][1])
+        for file, (shape, affine) in zip(files[1:], grids[1:]): _same_grid(file, np.broadcast_to(np.int8(0), shape), affine, files[0], *grids[0])
     except DataError: return True
     return False
 
@@ -114,7 +106,7 @@ def ixi_records(path, contrast="T1", pools=("train", "val", "test"), foreground=
     path: folder with IXI-T1, IXI-T2, ... or with all files; IXI.csv there gives age and sex. contrast: "T1", "T2", "PD", "MRA", or several joined by "+" if they lie on one grid.
     foreground: "otsu" (the head, with skull), "nonzero" or "given" (everything). split: shares of each hospital's subjects; seed: of that dealing. site: "Guys", "HH" or "IOP" only; the dealing stays the same.
     Errors: `DataError` naming files, `ParameterError`."""
-    choose(foreground, FOREGROUNDS, "foreground"); wanted = _contrasts(contrast, IXI_CONTRASTS)
+    choose(foreground, FOREGROUNDS, "foreground"); wanted = contrasts_of(contrast, IXI_CONTRASTS)
     if site: choose(site, IXI_SITES, "site")
     root, (scans, _) = Path(path).expanduser(), ixi_scans(path)
     sites = {}
@@ -136,7 +128,7 @@ def hcp_records(path, contrast="T1", pools=("train", "val", "test"), foreground=
 
     path: folder of the subjects (100307/T1w/...) or the one above HCP_1200. contrast: "T1", "T2", "T1+T2" or "T2+T1". foreground: "given" (brainmask_fs.nii.gz), "nonzero" or "otsu". split, seed: of the dealing of subjects.
     Errors: `DataError` naming all missing files, `ParameterError`."""
-    choose(foreground, FOREGROUNDS, "foreground"); wanted = _contrasts(contrast, ("T1", "T2"))
+    choose(foreground, FOREGROUNDS, "foreground"); wanted = contrasts_of(contrast, ("T1", "T2"))
     if not str(path): raise ParameterError("path", "is empty", "the folder of HCP's subjects")
     root = Path(path).expanduser()
     root = root/"HCP_1200" if os.path.isdir(root/"HCP_1200") else root
@@ -181,5 +173,5 @@ def mood_brain_records(path, contrast="", pools=("train", "val", "test"), foregr
     records = [Record(i, i, (str(base/"brain_train"/n),), meta={"family": "healthy", "part": "brain_train"}) for n in names for i in [f"mood-brain-{n.removesuffix('.nii.gz')}"]]
     home = deal_sites({r.subject: "" for r in records}, split, seed, base/"brain_train")
     toys = mood_toys(base, cache) if {"test", "val_anomalous"} & {*pools} else []
-    known = {"site": "", "contrast": contrast, "cohort": "MOOD", "modality": "MR"}
+    known = {"site": "", "contrast": "+".join(contrast) if isinstance(contrast, tuple) else contrast, "cohort": "MOOD", "modality": "MR"}
     return _into_pools([replace(r, meta=r.meta | known) for r in records + toys], home | {r.subject: "val_anomalous" if r.label else "test" for r in toys}, [p for p in pools if p in ("train", "val", "test", "val_anomalous")], foreground, cache, base)

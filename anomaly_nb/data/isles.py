@@ -14,12 +14,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ..core import DataError, ParameterError, choose, settings, stable_hash
+from ..core import DataError, ParameterError, choose, settings
 from .cache import content_hash
-from .derived import contrasts_of, folders_below, make_each, make_pools, missing_files
+from .derived import ILL_POOLS, contrasts_of, deal_ill, derived_file, folders_below, make_each, make_pools, missing_files
 from .folder import FOREGROUNDS, with_foreground
-from .ms_sets import ILL_POOLS, deal_ill
-from .records import Record, read_volume, write_volume
+from .records import _BROKEN, Record, read_volume
 
 # %% ../../nbs/data/197_isles.ipynb #c014
 ISLES_FILES = {"FLAIR": "MR_Flair", "T1": "MR_T1", "T2": "MR_T2", "DWI": "MR_DWI"}
@@ -33,26 +32,22 @@ def isles_file(case, part):
     return str(found[0] if found else case/f"VSD.Brain.XX.O.{part}")
 
 # %% ../../nbs/data/197_isles.ipynb #c017
-_BROKEN = (OSError, EOFError, ValueError, TypeError, KeyError, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError)
-
 def lost_affine(path):
     "Whether the header of a NIfTI says nothing about how the array lies: no orientation set, or unit voxels along the axes from the origin. False for a file that cannot be read (loading says why)."
     try:
         image = nib.load(path)
         unset = not (int(image.header["qform_code"]) or int(image.header["sform_code"]))
         return bool(unset or np.allclose(np.abs(image.affine), np.eye(4), atol=1e-6))
-    except _BROKEN: return False
+    except (*_BROKEN, KeyError): return False
 
 # %% ../../nbs/data/197_isles.ipynb #c020
 def flipped_file(path, cache=None):
     "Path of a NIfTI in the cache with a volume mirrored from front to back in its own box; made when missing. Errors: `DataError` naming the file."
     cache = Path(cache or settings().cache)
-    file = cache/"flipped"/f"{Path(path).name.split('.nii')[0]}-{stable_hash([1, content_hash(path, cache)], 24)}.nii.gz"
-    if not file.is_file():
+    def make():
         array, affine = read_volume(path)
-        try: write_volume(file, array[:, ::-1], affine)
-        except OSError as error: raise DataError(cache, f"the images cannot be written ({error.strerror or error})", "a writable folder with free space ([paths] cache in settings.ini)") from None
-    return str(file)
+        return array[:, ::-1], affine
+    return derived_file(cache, ["flipped", content_hash(path, cache)], make, Path(path).name.split(".nii")[0])
 
 # %% ../../nbs/data/197_isles.ipynb #c024
 def _isles_cases(root):
@@ -72,7 +67,7 @@ def isles_records(path, contrast="FLAIR", pools=ILL_POOLS, flip_y=None, foregrou
     """Records of ISLES 2015 SISS: {pool: [Record]}; the people with outlines as test, val_anomalous and weak, those of SISS2015_Testing as unlabelled (when asked for). Other pools do not exist and are left out.
 
     contrast: of FLAIR, T1, T2, DWI, joined by +. flip_y: None: each file lies as its affine says, and one that has lost it is an error; False: the same, whatever it says; True: all files mirrored from front to back.
-    foreground: "nonzero" (the images are skull-stripped) or "otsu", of the first contrast. shares, seed: of the dealing (`ms_sets.deal_ill`). Errors: `DataError` naming all that is missing, or broken, `ParameterError`."""
+    foreground: "nonzero" (the images are skull-stripped) or "otsu", of the first contrast. shares, seed: of the dealing (`deal_ill`). Errors: `DataError` naming all that is missing, or broken, `ParameterError`."""
     channels, root = contrasts_of(contrast, tuple(ISLES_FILES)), Path(os.path.abspath(Path(path).expanduser()))
     choose(foreground, FOREGROUNDS[1:], "foreground")
     if flip_y not in (None, True, False): raise ParameterError("flip_y", f"is {flip_y!r}", "True, False, or nothing (the affine decides)")

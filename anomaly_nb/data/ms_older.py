@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, choose, settings, stable_hash
+from ..core import DataError, choose, settings
 from .cache import content_hash
-from .derived import contrasts_of, folders_below, majority_file, make_pools, missing_files
+from .derived import ILL_POOLS, contrasts_of, deal_ill, derived_file, folders_below, majority_file, make_pools, missing_files
 from .folder import FOREGROUNDS, with_foreground
 from .metaimage import _itk
-from .ms_sets import ILL_POOLS, deal_ill, found_file
-from .records import Record, to_convention, write_volume
+from .ms_sets import found_file
+from .records import Record, to_convention
 
 # %% ../../nbs/data/199_ms_older.ipynb #c008
 _EXPECTED = "an NRRD (.nhdr with its .raw beside it, or .nrrd) with one 3D image, its space and its directions"
@@ -79,13 +79,7 @@ def nrrd_file(path, cache=None):
     "Path of a NIfTI in the cache with the image of an NRRD, values as stored; made when missing. Other files are returned as they are. Errors: `DataError` naming the NRRD."
     if Path(path).suffix.lower() not in (".nhdr", ".nrrd"): return str(path)
     cache, payload = Path(cache or settings().cache), nrrd_payload(path)
-    key = stable_hash([1, *(content_hash(p, cache) for p in dict.fromkeys((Path(path), payload)))], 24)
-    file = cache/"nrrd"/f"{Path(path).stem}-{key}.nii.gz"
-    if not file.is_file():
-        array, affine = read_nrrd(path)
-        try: write_volume(file, array, affine)
-        except OSError as error: raise DataError(cache, f"the images cannot be written ({error.strerror or error})", "a writable folder with free space ([paths] cache in settings.ini)") from None
-    return str(file)
+    return derived_file(cache, ["nrrd", *(content_hash(p, cache) for p in dict.fromkeys((Path(path), payload)))], lambda: read_nrrd(path), Path(path).stem)
 
 # %% ../../nbs/data/199_ms_older.ipynb #c021
 MSSEG2008_CONTRASTS = ("FLAIR", "T1", "T2")
@@ -110,7 +104,7 @@ def msseg2008_records(path, contrast="FLAIR", pools=ILL_POOLS, annotation="given
     """Records of MSSEG 2008: {pool: [Record]}; the training cases as test, val_anomalous and weak, the cases without outlines as unlabelled (when asked for). Other pools do not exist and are left out.
 
     contrast: of FLAIR, T1, T2, joined by +. annotation: "given" (each site's own) or "CHB" (all drawn at CHB). foreground: "otsu" (the head: there is no brain mask and the skull is there) or "nonzero".
-    shares, seed: of the dealing (`ms_sets.deal_ill`). NRRD files become NIfTI in the cache. Errors: `DataError` naming all that is missing, or broken, `ParameterError`."""
+    shares, seed: of the dealing (`deal_ill`). NRRD files become NIfTI in the cache. Errors: `DataError` naming all that is missing, or broken, `ParameterError`."""
     channels, root = contrasts_of(contrast, MSSEG2008_CONTRASTS), Path(os.path.abspath(Path(path).expanduser()))
     choose(annotation, ("given", "CHB"), "annotation"); choose(foreground, FOREGROUNDS[1:], "foreground")
     found = []

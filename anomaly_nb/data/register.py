@@ -17,7 +17,7 @@ from ..core import DataError, ParameterError, choose
 from .folder import compute_foreground
 from .preprocess import Resample, check_number, one_thread
 from .records import file_hash, read_volume
-from .transforms import Transform
+from .transforms import Transform, moved_meta
 
 # %% ../../nbs/data/143_register.ipynb #c006
 LPS = np.diag([-1., -1., 1., 1.])                                       # RAS mm <-> LPS mm
@@ -191,5 +191,4 @@ def _on_template(sample, A, M, shape, target, order, mask_order, said):
     seen = carry(np.ones(sample["image"].shape[1:]), A, M, shape, target, 0) > .5
     arrays = {k: np.stack([np.where(seen, carry(_smoothed(c, A, target), A, M, shape, target, order, "nearest"), 0) for c in sample[k]]).astype(np.float32) for k in ("image", "clean", "positive", "anomaly_map", "target") if k in sample}
     arrays |= {k: ((carry(sample[k][0], A, M, shape, target, mask_order, "nearest") > .5) & seen)[None] for k in ("mask", "foreground", "valid")}
-    spacing = tuple(float(s) for s in np.linalg.norm(np.asarray(target)[:3, :3], axis=0))
-    return sample | arrays | {"meta": sample["meta"] | dict(affine=np.asarray(target).tolist(), spacing=spacing, volume_shape=tuple(shape), origin=(0, 0, 0), extent=tuple(shape), registration=said)}
+    return sample | arrays | {"meta": moved_meta(sample["meta"], target, (0, 0, 0), (1, 1, 1), shape) | {"registration": said}}

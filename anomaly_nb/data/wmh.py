@@ -9,11 +9,12 @@ __all__ = ['SCANNERS', 'scanner_of', 'wmh_records']
 import os
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from ..core import DataError, ParameterError, choose
-from .derived import LESION_SHARES, contrasts_of, deal_person, folders_below, label_file, make_each, missing_files
-from .folder import FOREGROUNDS, POOLS, with_foreground
+from .derived import contrasts_of, deal_ill, folders_below, label_file, make_pools, missing_files
+from .folder import FOREGROUNDS, with_foreground
 from .records import Record
 
 # %% ../../nbs/data/194_wmh.ipynb #c008
@@ -58,19 +59,13 @@ def wmh_records(path, contrast="FLAIR", pools=("test", "val_anomalous", "weak"),
     contrasts = contrasts_of(contrast, ("FLAIR", "T1", "3DT1"))
     if "3DT1" in contrasts and len(contrasts) > 1: raise ParameterError("contrast", f"joins 3DT1, which has voxels of its own (about 1 mm), with {' and '.join(c for c in contrasts if c != '3DT1')}", "T1, which lies on the grid of FLAIR")
     choose(foreground, FOREGROUNDS, "foreground")
-    pools = [choose(p, POOLS, "pools") for p in ([pools] if isinstance(pools, str) else pools)]
     root, own = Path(os.path.abspath(Path(path).expanduser())), "3DT1" in contrasts
     people = _people(root)
     files = {i: ([_either(folder/("pre" if corrected else "orig")/c) for c in contrasts], _either(folder/"wmh")) for i, (folder, *_) in people.items()}
     missing_files(root, [f for images, labels in files.values() for f in (*images, *([] if own else [labels]))])
-    split = any(part == "test" for *_, part in people.values())
-    shares = {p: s for p, s in LESION_SHARES.items() if not split or p != "test"}
-    shares = {p: s/sum(shares.values()) for p, s in shares.items()}
-    dealt = {i: "test" if part == "test" else deal_person("wmh", seed, i, shares) for i, (*_, part) in people.items()}
-    def record(i):
-        (images, labels), (_, site, scanner, part) = files[i], people[i]
-        masks = [None, None] if own else [label_file(labels, labels=[1], known=_LABELS, cache=cache, like=images[0]), label_file(labels, labels=[2], invert=True, known=_LABELS, cache=cache, like=images[0])]
-        meta = dict(pool=dealt[i], family="white_matter_hyperintensities", site=site, scanner=scanner, part=part, contrast="+".join(contrasts), corrected=bool(corrected), cohort="WMH 2017", modality="MRI")
-        return with_foreground(Record(i, i, tuple(map(str, images)), 1, masks[0], not own, valid=masks[1], meta=meta), foreground, cache)
-    records = make_each(root, [i for i in people if dealt[i] in pools], record)
-    return {pool: items for pool in pools if (items := [r for r in records if r.meta["pool"] == pool])}
+    found = [Record(i, i, tuple(map(str, files[i][0])), 1, None if own else str(files[i][1]), not own, meta=dict(family="white_matter_hyperintensities", site=site, scanner=scanner, part=part, contrast="+".join(contrasts), corrected=bool(corrected), cohort="WMH 2017", modality="MRI"))
+             for i, (_, site, scanner, part) in people.items()]
+    def finish(r):
+        def labels(which, invert=False): return label_file(r.mask, labels=[which], invert=invert, known=_LABELS, cache=cache, like=r.images[0])
+        return with_foreground(r if own else replace(r, mask=labels(1), valid=labels(2, True)), foreground, cache)
+    return make_pools(root, deal_ill(found, "wmh", pools, seed=seed), finish)

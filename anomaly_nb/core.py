@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'REQUIRED', 'InputError', 'DataError', 'LeakageError', 'ParameterError', 'SettingsError', 'PoolError',
-           'nearest', 'some', 'choose', 'check_sample', 'collate', 'Settings', 'settings_file', 'settings',
+           'several', 'nearest', 'some', 'choose', 'check_sample', 'collate', 'Settings', 'settings_file', 'settings',
            'stable_hash', 'rng_of', 'seed_everything', 'write_aside', 'write_json', 'track']
 
 # %% ../nbs/000_core.ipynb #c003
@@ -41,6 +41,12 @@ class ParameterError(InputError): "An unknown parameter, component or value."
 class SettingsError(InputError): "An entry of `settings.ini` (or of the environment) cannot be used."
 
 class PoolError(InputError): "A method needs a pool of data that is not there."
+
+def several(root, wrong, lines, expected, between="; "):
+    "A `DataError` about several things: its message has the first five `lines`, its attribute `all` has every one."
+    error = DataError(root, f"{wrong}: {between.join(lines[:5])}{f' and {len(lines) - 5} more' if len(lines) > 5 else ''}", expected)
+    error.all = list(lines)
+    return error
 
 # %% ../nbs/000_core.ipynb #c009
 def nearest(name, options):

@@ -18,6 +18,7 @@ from anomaly_nb.data.mvtec import mvtec_records
 from anomaly_nb.data.records import Record, load_record, read_image, read_volume, write_volume
 from anomaly_nb.data.sets import SliceSet, VolumeSet
 from anomaly_nb.data.transforms import Resize, ZScore, wanted_transforms
+from anomaly_nb.data_commands import check_set
 
 AFFINE = np.diag([-2.0, -2.0, 4.0, 1.0])[:, [2, 1, 0, 3]]
 
@@ -403,8 +404,22 @@ def test_mvtec_pictures_are_resized_on_the_way(industrial, tmp_path):
     assert Resize(10)(thin)["mask"][0, 0].any(1).tolist() == [i == 1 for i in range(10)]                # a scratch one pixel wide stays
 
 
-@pytest.mark.parametrize("break_it,said", [(lambda r: (r / "bottle/ground_truth/contamination/001_mask.png").unlink(), "001_mask.png: the mask is missing"), (lambda r: shutil.rmtree(r / "bottle/test"), "holds no folders"),
+@pytest.mark.parametrize("break_it,said", [(lambda r: (r / "bottle/ground_truth/contamination/001_mask.png").unlink(), "masks are missing: .*001_mask.png"), (lambda r: shutil.rmtree(r / "bottle/test"), "holds no folders"),
                                            (lambda r: [p.unlink() for p in (r / "bottle/train/good").glob("*.png")], "holds no .png"), (lambda r: shutil.rmtree(r / "bottle"), "there is no 'bottle'")])
 def test_a_damaged_mvtec_folder_is_named(industrial, break_it, said):
     break_it(industrial)
     with pytest.raises((DataError, ParameterError), match=said): mvtec_records(industrial, "bottle")
+
+
+def test_everything_that_is_wrong_is_named_at_once(scans, tmp_path, capsys):
+    rows = [["path", "subject", "mask"], *[[f"p{i:02d}.nii.gz", f"p{i:02d}", ""] for i in range(6)], ["gone.nii.gz", "a", "lost_mask.nii.gz"], ["p06.nii.gz", "b", ""], ["p07.nii.gz", "", ""], ["p08.nii.gz", "c"], ["away.nii.gz", "d", ""]]
+    with pytest.raises(DataError, match="4 of 11 lines cannot be used") as error: folder_records(manifest(scans, rows))
+    assert len(error.value.all) == 4
+    for said in ("line 8: the files gone.nii.gz, lost_mask.nii.gz are missing", "line 10: the subject is empty", "line 11: has 2 cells", "line 12: the file away.nii.gz is missing"): assert said in str(error.value)
+    (scans/"manifest.csv").unlink()
+    for name in ("x_mask", "y_foreground"): nifti(scans/f"{name}.nii.gz", mask=True)
+    with pytest.raises(DataError, match="2 of 14 files cannot be used") as error: folder_records(scans)
+    assert all(n in str(error.value) for n in ("x_mask.nii.gz", "y_foreground.nii.gz"))
+    assert check_set("folder", str(scans)) == 1
+    out = capsys.readouterr().out
+    assert all(n in out for n in ("x_mask.nii.gz", "y_foreground.nii.gz"))

@@ -347,7 +347,7 @@ def test_records_from_raters(copy, cache):
 
 @pytest.mark.parametrize("change, words", [
     (lambda r: shutil.rmtree(r/"images"), "images: the folder is missing"), (lambda r: shutil.rmtree(r/"masks"), "masks: the folder is missing"), (lambda r: (r/"overview.csv").unlink(), "overview.csv: the file is missing"),
-    (lambda r: (r/"radiological_gradings.csv").unlink(), "radiological_gradings.csv: the file is missing"), (lambda r: (r/"masks"/"2_t2.mha").unlink(), "masks/2_t2.mha: the file is missing"),
+    (lambda r: (r/"radiological_gradings.csv").unlink(), "radiological_gradings.csv: the file is missing"), (lambda r: (r/"masks"/"2_t2.mha").unlink(), "files are missing: masks/2_t2.mha"),
     (lambda r: (r/"masks"/"2_t2.mha").write_bytes((r/"masks"/"2_t2.mha").read_bytes()[:-20]), "masks/2_t2.mha: is truncated"), (lambda r: write_mha(r/"masks"/"2_t2.mha", column(), PLACE @ np.diag([-1, 1, 1, 1])), "masks/2_t2.mha: is upside down"),
     (lambda r: write_mha(r/"masks"/"2_t2.mha", column(), PLACE @ np.diag([5, 1, .4, 1])), "masks/2_t2.mha: is an axial"), (lambda r: write_mha(r/"masks"/"2_t2.mha", np.where(column() == 100, 99, column()), PLACE), "unknown label 99"),
     (lambda r: write_mha(r/"masks"/"2_t2.mha", np.where(column() > 99, column(), 0), PLACE), "no whole vertebra"), (lambda r: [p.unlink() for p in (r/"images").glob("*_t2.mha")], "no T2 series")])

@@ -18,7 +18,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 from ..arrays import fill_holes, largest_component
-from ..core import DataError, LeakageError, ParameterError, choose, nearest, settings, stable_hash
+from ..core import DataError, LeakageError, ParameterError, choose, nearest, settings, several, stable_hash
 from .cache import content_hash
 from .formats import ENDINGS, ending, npz_keys, stem
 from .records import Record, file_of, read_image, write_volume
@@ -47,10 +47,11 @@ def _settle(record, said, where):
     return replace(record, label=label, mask=mask, mask_known=bool(mask) or not label, meta=record.meta | {"family": family})
 
 # %% ../../nbs/data/170_folder.ipynb #c008
+_PARTS = ("mask", "foreground", "valid")
 COLUMNS = ("path", "subject", "id", "label", "mask", "family", "split", "foreground", "valid", "site", "spacing")
 
 def _rows(path):
-    "Yields (place for messages, {column: text}) of a CSV with commas, semicolons or tabs. Errors: `DataError`, `ParameterError` for columns."
+    "Yields (place for messages, {column: text}, or a `DataError` for a line with another number of cells) of a CSV with commas, semicolons or tabs. Errors: `DataError`, `ParameterError` for columns."
     try: text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error: raise DataError(path, f"cannot be read ({error})", "a CSV in UTF-8") from None
     head = text.partition("\n")[0]
@@ -64,8 +65,7 @@ def _rows(path):
     for cells in lines:
         where = f"{path}, line {lines.line_num}"
         if not any(c.strip() for c in cells): continue
-        if len(cells) != len(columns): raise DataError(where, f"has {len(cells)} cells", f"{len(columns)}, as the first line")
-        yield where, dict(zip(columns, (c.strip() for c in cells)))
+        yield where, dict(zip(columns, (c.strip() for c in cells))) if len(cells) == len(columns) else DataError(where, f"has {len(cells)} cells", f"{len(columns)}, as the first line")
 
 # %% ../../nbs/data/170_folder.ipynb #c009
 def parse_spacing(text, where="spacing"):
@@ -76,25 +76,34 @@ def parse_spacing(text, where="spacing"):
     return tuple(numbers*(3//len(numbers)))
 
 # %% ../../nbs/data/170_folder.ipynb #c010
+def _raise_all(where, errors, count, what):
+    "Raises the one error of the list as it is, or one `DataError` that names them all; nothing for an empty list."
+    if len(errors) == 1: raise errors[0]
+    if errors: raise several(where, f"{len(errors)} of {count} {what} cannot be used", list(map(str, errors)), "files that are there, and lines that say what a column may hold")
+
 def read_table(path):
-    "A manifest -> list of (record, place for messages); `meta[\"pool\"]` is \"\" where no split is said. Errors: `DataError` with file and line."
-    path, found = Path(path), []
+    "A manifest -> list of (record, place for messages); `meta[\"pool\"]` is \"\" where no split is said. Errors: `DataError` with file and line, naming all lines that are wrong and all files that are missing."
+    path, found, wrong = Path(path), [], []
     if not path.is_file(): raise DataError(path, "the file is missing", "a manifest (CSV with the columns path and subject)")
-    base = path.resolve().parent
-    def file(where, name):
-        if not (base/name).is_file(): raise DataError(where, f"the file {name} is missing", f"a path relative to {base}")
-        return str(base/name)
     for where, row in _rows(path):
-        for c in ("path", "subject"):
-            if not row[c]: raise DataError(where, f"the {c} is empty", f"a {c}")
-        if row.get("label", "") not in ("", "0", "1"): raise DataError(where, f"the label is {row['label']!r}", "0, 1 or nothing")
-        files = {k: file(where, row[k]) if row.get(k) else None for k in ("mask", "foreground", "valid")}
-        meta = {"pool": choose(row["split"], POOLS, f"{where}: split") if row.get("split") else "", "family": row.get("family", ""), "site": row.get("site", "")} | {c[5:]: v for c, v in row.items() if c.startswith("meta.")}
-        if row.get("spacing"): meta["spacing"] = parse_spacing(row["spacing"], where)
-        record = Record(row.get("id", ""), row["subject"], tuple(file(where, p.strip()) for p in row["path"].split("|")), meta=meta, **files)
-        found.append((_settle(record, int(row["label"]) if row.get("label") else None, where), where))
+        try: found.append((_read_row(path.resolve().parent, where, row), where))
+        except DataError as error: wrong.append(error)
+    _raise_all(path, wrong, len(found) + len(wrong), "lines")
     if not found: raise DataError(path, "has no lines under its first", "at least one scan")
     return found
+
+def _read_row(base, where, row):
+    "The record of one line of a manifest in the folder `base`. Errors: `DataError` naming every file that is missing, `ParameterError`."
+    if isinstance(row, DataError): raise row
+    for c in ("path", "subject"):
+        if not row[c]: raise DataError(where, f"the {c} is empty", f"a {c}")
+    if row.get("label", "") not in ("", "0", "1"): raise DataError(where, f"the label is {row['label']!r}", "0, 1 or nothing")
+    names = [p.strip() for p in row["path"].split("|")], [row[k] for k in _PARTS if row.get(k)]
+    if lost := [n for n in (*names[0], *names[1]) if not (base/n).is_file()]: raise DataError(where, f"the file{'s'*(len(lost) > 1)} {', '.join(lost)} {'are' if len(lost) > 1 else 'is'} missing", f"paths relative to {base}")
+    meta = {"pool": choose(row["split"], POOLS, f"{where}: split") if row.get("split") else "", "family": row.get("family", ""), "site": row.get("site", "")} | {c[5:]: v for c, v in row.items() if c.startswith("meta.")}
+    if row.get("spacing"): meta["spacing"] = parse_spacing(row["spacing"], where)
+    record = Record(row.get("id", ""), row["subject"], tuple(str(base/n) for n in names[0]), meta=meta, **{k: str(base/row[k]) if row.get(k) else None for k in _PARTS})
+    return _settle(record, int(row["label"]) if row.get("label") else None, where)
 
 # %% ../../nbs/data/170_folder.ipynb #c013
 _NAMED = re.compile(r"(sub-[a-z0-9]+|(?:patient|subject|subj|case|pat)[-_]?\d+)", re.I)
@@ -111,8 +120,6 @@ def subject_of(name, folders=(), pattern=""):
     return "-".join([*folders, rest]) if rest.isdigit() else rest
 
 # %% ../../nbs/data/170_folder.ipynb #c015
-_PARTS = ("mask", "foreground", "valid")
-
 def _is_part(path): return stem(path).endswith(tuple(f"_{p}" for p in _PARTS))
 
 def _images(folder):
@@ -140,8 +147,8 @@ def _layout(root):
 
 # %% ../../nbs/data/170_folder.ipynb #c016
 def read_folder(root, subject=""):
-    "A folder in one of the three layouts -> list of (record, place for messages). Errors: `DataError` naming a file."
-    root, found, used = Path(root).resolve(), [], set()
+    "A folder in one of the three layouts -> list of (record, place for messages). Errors: `DataError` naming every file that cannot be placed."
+    root, found, used, wrong = Path(root).resolve(), [], set(), []
     parts = {p for p in root.rglob("*") if p.is_file() and ending(p) and _is_part(p)}
     near = {}
     for p in sorted(parts): near.setdefault((p.parent, stem(p)), p)
@@ -149,10 +156,13 @@ def read_folder(root, subject=""):
         folders = [image.parent, root/"ground_truth"/image.parent.relative_to(root/pool)]
         files = {part: next((str(near[f, f"{stem(image)}_{part}"]) for f in folders if (f, f"{stem(image)}_{part}") in near), None) for part in _PARTS}
         used |= {Path(f) for f in files.values() if f}
-        if pool in ("test", "weak", "val_anomalous") and not family and not files["mask"]: raise DataError(image, f"lies directly in {pool}/ and has no mask: normal or ill?", f"{pool}/normal/ or {pool}/<family>/")
-        whose = own or subject_of(stem(image), [n for n in (pool, family) if n], subject)
-        found.append((_settle(Record("", whose, (str(image),), meta={"pool": pool, "family": family, "site": ""}, **files), None, str(image)), str(image)))
-    if stray := sorted(parts - used): raise DataError(stray[0], "belongs to no image", f"an image named {stem(stray[0]).rpartition('_')[0]} beside it")
+        try:
+            if pool in ("test", "weak", "val_anomalous") and not family and not files["mask"]: raise DataError(image, f"lies directly in {pool}/ and has no mask: normal or ill?", f"{pool}/normal/ or {pool}/<family>/")
+            whose = own or subject_of(stem(image), [n for n in (pool, family) if n], subject)
+            found.append((_settle(Record("", whose, (str(image),), meta={"pool": pool, "family": family, "site": ""}, **files), None, str(image)), str(image)))
+        except DataError as error: wrong.append(error)
+    wrong += [DataError(stray, "belongs to no image", f"an image named {stem(stray).rpartition('_')[0]} beside it") for stray in sorted(parts - used)]
+    _raise_all(root, wrong, len(found) + len(wrong), "files")
     if not found:
         seen = Counter(p.suffix for p in root.rglob("*") if p.is_file())
         raise DataError(root, f"holds no image ({', '.join(f'{n} {e or chr(39)*2}' for e, n in seen.most_common(4)) or 'it is empty'})", f"files ending in {', '.join(ENDINGS)}")

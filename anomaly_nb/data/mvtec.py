@@ -8,7 +8,7 @@ __all__ = ['CATEGORIES', 'ARCHIVE', 'category_folder', 'mvtec_records']
 # %% ../../nbs/data/172_mvtec.ipynb #c003
 from pathlib import Path
 
-from ..core import DataError, ParameterError, choose
+from ..core import DataError, ParameterError, choose, several
 from .records import Record
 
 # %% ../../nbs/data/172_mvtec.ipynb #c006
@@ -44,7 +44,6 @@ def mvtec_records(path, category="bottle", pools=("train", "val", "test"), val_s
     folder = category_folder(path, category)
     def record(picture, pool, defect):
         mask = folder/"ground_truth"/defect/f"{picture.stem}_mask.png"
-        if defect != "good" and not mask.is_file(): raise DataError(mask, "the mask is missing", f"a mask for {picture}")
         name = f"{category}-{picture.parent.parent.name}-{defect}-{picture.stem}"
         meta = {"family": "healthy" if defect == "good" else defect, "category": category, "pool": pool, "cohort": "MVTec AD", "modality": "photograph"} | ({"resize": side} if side else {})
         return Record(name, name, (str(picture),), int(defect != "good"), str(mask) if defect != "good" else None, meta=meta)
@@ -55,5 +54,8 @@ def mvtec_records(path, category="bottle", pools=("train", "val", "test"), val_s
     if "test" in pools:
         defects = sorted(p.name for p in (folder/"test").glob("*") if p.is_dir() and not p.name.startswith("."))
         if not defects: raise DataError(folder/"test", "holds no folders", "test/good and one folder a defect")
-        found["test"] = [record(p, "test", d) for d in defects for p in _pictures(folder/"test"/d)]
+        pictures = [(p, d) for d in defects for p in _pictures(folder/"test"/d)]
+        ill = [folder/"ground_truth"/d/f"{p.stem}_mask.png" for p, d in pictures if d != "good"]
+        if lost := [str(m.relative_to(folder)) for m in ill if not m.is_file()]: raise several(folder, f"{len(lost)} of {len(ill)} masks are missing", lost, "a mask for every picture with a defect", ", ")
+        found["test"] = [record(p, "test", d) for p, d in pictures]
     return {pool: found[pool] for pool in pools if pool in found}

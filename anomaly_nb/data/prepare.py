@@ -207,7 +207,7 @@ def prepare_records(records, steps, out, processes=0, precision="float32", keep_
         write_table(out/"manifest.csv", made)
         write_json(out/"provenance.json", provenance | _provenance(records, steps, out, jobs, notes, broken | missing, precision, cache))
     if (broken := broken | missing) and not keep_going:
-        raise DataError(f"{out}: {len(broken)} of {sum(map(len, records.values()))} scans could not be prepared; all others are written (keep_going=True leaves these out)\n" + "\n".join(f"  {i}: {why}" for i, why in broken.items()))
+        raise DataError(f"{out}: {len(broken)} of {sum(map(len, records.values()))} scans could not be prepared; all others are written (keep_going, or --keep-going, leaves these out)\n" + "\n".join(f"  {i}: {why}" for i, why in broken.items()))
     return {pool: items for pool, items in made.items() if items}
 
 # %% ../../nbs/data/147_prepare.ipynb #c022

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, choose, rng_of, settings, track, write_json
+from ..core import DataError, choose, rng_of, settings, write_json
 from .cache import content_hash
+from .derived import make_each, missing_files
 from .gradings import CONTRASTS, GRADES, check_votes, read_gradings, read_overview, read_raters, vertebra_labels, vote_labels
 from .records import Record, read_volume
 
@@ -111,7 +112,7 @@ def _said(path, labels, classes):
 # %% ../../nbs/data/190_spider.ipynb #c022
 def read_spider(path, contrast="T2", labels="endplate", cache=None, classes=2):
     "All series of one contrast -> (list of Record in order of name, with `meta[\"state\"]` and `meta[\"subset\"]`; Counter of what was found, dropped and missing). Errors: `DataError` naming file (and line), `ParameterError`."
-    path, found = Path(path).expanduser(), []
+    path = Path(path).expanduser()
     choose(contrast, CONTRASTS, "contrast"); choose(labels, LABELS, "labels")
     for name in ("images", "masks"):
         if not (path/name).is_dir(): raise DataError(path/name, "the folder is missing", "SPIDER unpacked: images/, masks/, overview.csv, radiological_gradings.csv")
@@ -122,15 +123,15 @@ def read_spider(path, contrast="T2", labels="endplate", cache=None, classes=2):
     here = series[series.id.isin(on_disk)]
     if here.empty: raise DataError(path/"images", f"holds no {contrast} series of overview.csv", f"files like {series.id.iloc[0] if len(series) else '1_' + contrast.lower()}.mha")
     counts.update(series=len(series), series_without_file=len(series) - len(here), files_without_row=len(on_disk - {*series.id}), patients_graded_without_series=len(graded - {*series.patient}))
-    for r in track(here.to_dict("records"), "label maps"):
+    missing_files(path, [path/"masks"/f"{i}.mha" for i in here.id])
+    def series_of(r):
         regions = path/"masks"/f"{r['id']}.mha"
-        if not regions.is_file(): raise DataError(regions, "the file is missing", f"a label map for {path/'images'/regions.name}")
         vertebrae, its = say(r["patient"], structures(regions, cache))
         state = state_of(vertebrae, its["ill_left_out"])
         counts.update(its); counts.update({"patients": 1, f"patients_{state}": 1, "patients_without_gradings": int(r["patient"] not in graded), "validation_left_out": int(pool_of(r["subset"], state, "") is None)})
         meta = dict(vertebrae=vertebrae, regions=str(regions), contrast=contrast, family="ill" if state == "ill" else "healthy", state=state, subset=r["subset"], sex=r["sex"], age=None if pd.isna(r["age"]) else r["age"], cohort=None, classes=classes, raters=raters, counts=dict(its))
-        found.append(Record(r["id"], r["patient"], (str(path/"images"/regions.name),), int(state == "ill"), mask_known=state != "ill", meta=meta))
-    return found, counts
+        return Record(r["id"], r["patient"], (str(path/"images"/regions.name),), int(state == "ill"), mask_known=state != "ill", meta=meta)
+    return make_each(path, here.to_dict("records"), series_of, "label maps"), counts
 
 # %% ../../nbs/data/190_spider.ipynb #c023
 def spider_records(path, contrast="T2", labels="endplate", pools=POOLS, seed=0, cache=None, classes=2):

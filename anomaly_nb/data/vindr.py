@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import DataError, ParameterError, settings, stable_hash
+from ..core import DataError, ParameterError, settings, several, stable_hash
+from .derived import derived_file, missing_files
 from .dicom import dicom_grid
-from .records import Record, plain_affine, write_volume
+from .records import Record, plain_affine
 
 # %% ../../nbs/data/181_vindr.ipynb #c006
 LOCAL = ("Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Clavicle fracture", "Consolidation", "Edema", "Emphysema", "Enlarged PA", "ILD", "Infiltration", "Lung Opacity", "Lung cavity", "Lung cyst", "Mediastinal shift",
@@ -81,21 +82,21 @@ def verdict(votes):
 def boxes_file(image, boxes, cache):
     "File of the union of `boxes` on the grid of the DICOM `image` (NIfTI in the cache, made when missing)."
     shape, spacing = dicom_grid(image)
-    file = Path(cache)/"boxes"/f"{stable_hash([2, boxes, shape, spacing], 24)}.nii.gz"
-    if not file.is_file():
+    def make():
         if not (mask := box_mask(boxes, shape)).any(): raise DataError(image, f"has no box inside its {shape[1]} x {shape[0]} pixels, but {len(boxes)} beside it", "boxes in pixels of the file")
-        try: write_volume(file, mask[None].astype(np.uint8), plain_affine(spacing or (1., 1., 1.)))
-        except OSError as error: raise DataError(cache, f"the masks cannot be written ({error.strerror or error})", "a writable folder with free space ([paths] cache in settings.ini)") from None
-    return str(file)
+        return mask[None].astype(np.uint8), plain_affine(spacing or (1., 1., 1.))
+    return derived_file(cache, ["boxes", boxes, shape, spacing], make)
 
 def read_vindr(path, part, cache=None, only=None):
     "All pictures of a part (\"train\" or \"test\") as {image_id: Record}, in order of name; pictures on which readers disagree are left out. `only`: ids to read. Errors: `DataError` naming file and line."
     path, found = Path(path).expanduser(), {}
     votes, boxes = read_annotations(path, part)
-    for name in sorted(votes if only is None else only):
-        if name not in votes: raise DataError(path/"annotations"/f"image_labels_{part}.csv", f"says nothing of {name!r}", "a row for every picture")
-        file = next((f for e in (".dicom", ".dcm") if (f := path/part/f"{name}{e}").is_file()), None)
-        if file is None: raise DataError(path/part/f"{name}.dicom", "the file is missing", "a DICOM for every row of the tables")
+    files = {name: next((f for e in (".dicom", ".dcm") if (f := path/part/f"{name}{e}").is_file()), path/part/f"{name}.dicom") for name in sorted(votes if only is None else only)}
+    table = path/"annotations"/f"image_labels_{part}.csv"
+    if strange := [n for n in files if n not in votes]: raise several(table, f"says nothing of {len(strange)} pictures", strange, "a row for every picture", ", ")
+    if away := [n for n, f in files.items() if Path(n).name != n]: raise several(table, f"{len(away)} pictures leave the data set's folder", away, "names of files", ", ")
+    missing_files(path, files.values())
+    for name, file in files.items():
         ill, drawn = verdict(votes[name]), boxes.get(name, [])
         if ill is None: continue
         classes = [c for c, _ in Counter(c for said in votes[name].values() for c in said - {NONE}).most_common()] if ill else []

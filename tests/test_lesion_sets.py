@@ -284,6 +284,18 @@ def brats(tmp_path_factory):
 EDITIONS = ("2017", "2020", "2021", "2023", "MSD")
 
 
+def test_a_tumour_without_the_part_that_was_asked_for_is_told_and_no_fault(tmp_path, cache):
+    for n in (0, 1, 2): brats_person(tmp_path/f"BraTS2021_{n:05d}", n)
+    file = tmp_path/"BraTS2021_00001"/"BraTS2021_00001_seg.nii.gz"
+    image = nib.load(file)
+    values = np.asanyarray(image.dataobj)
+    nib.save(nib.Nifti1Image(np.where(values == 4, 2, values).astype("uint8"), image.affine), file)                 # a low grade: nothing of it enhances
+    found = check_records(brats_records(tmp_path, region="enhancing", cache=cache))
+    assert not found["problems"] and any("1 lesions have no enhancing part" in h for h in found["hints"])
+    nib.save(nib.Nifti1Image(0*values, image.affine), file)
+    assert any("is empty and 'BraTS2021_00001' is labelled anomalous" in p for p in check_records(brats_records(tmp_path, cache=cache))["problems"])
+
+
 @pytest.mark.parametrize("edition", EDITIONS)
 @pytest.mark.parametrize("region", list(REGIONS))
 def test_brats_regions_lie_where_they_were_written(brats, cache, edition, region):

@@ -87,7 +87,7 @@ def _hints(records, rows):
 # %% ../../nbs/data/171_check.ipynb #c013
 def check_records(records):
     "Opens every file of `{pool: [Record]}` -> {\"pools\": {pool: summary}, \"problems\": [str], \"hints\": [str]}, JSON-able. Goes on after broken files."
-    pools, problems, everything = {}, [], []
+    pools, problems, everything, partless = {}, [], [], Counter()
     for pool, items in records.items():
         rows = []
         for r in track(items, f"checking {pool}", len(items)):
@@ -96,7 +96,9 @@ def check_records(records):
                 problems.append(f"{pool}: {error}")
                 continue
             said = r.meta.get("spacing")
-            if r.label and r.mask_known and not row["mask_voxels"]: problems.append(f"{pool}: {r.mask}: is empty and {r.id!r} is labelled anomalous; expected: a mask with voxels, or no mask file")
+            empty, part = r.label and r.mask_known and not row["mask_voxels"], r.meta.get("region", "whole")
+            if empty and part != "whole": partless[part] += 1                       # the reader was asked for a part of the lesion, which this one lacks
+            elif empty: problems.append(f"{pool}: {r.mask}: is empty and {r.id!r} is labelled anomalous; expected: a mask with voxels, or no mask file")
             if said is not None and not np.allclose(said, row["spacing_mm"], rtol=.01): problems.append(f"{pool}: {r.images[0]}: has voxels of {row['spacing']} mm by its header, {'x'.join(f'{s:g}' for s in said)} mm were said; expected: one of the two")
             if pool in ("train", "val") and r.label: problems.append(f"{pool}: {r.images[0]}: {r.id!r} is labelled anomalous; expected: normals only")
             rows.append(row)
@@ -105,7 +107,8 @@ def check_records(records):
     for i, n in Counter(r.id for items in records.values() for r in items).items():
         if n > 1: problems.append(f"the id {i!r} stands for {n} scans; expected: unique ids")
     twice, repeated = _across(records)
-    return {"pools": pools, "problems": problems + twice, "hints": _hints(records, everything) + repeated}
+    lacking = [f"{n} lesions have no {part} part: an empty mask, and labelled anomalous" for part, n in partless.items()]
+    return {"pools": pools, "problems": problems + twice, "hints": _hints(records, everything) + repeated + lacking}
 
 # %% ../../nbs/data/171_check.ipynb #c015
 def _words(counts, n=4):

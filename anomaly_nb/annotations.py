@@ -54,7 +54,7 @@ def box_map(region, margin_mm, spacing):
     if region.any(): out[tuple(slice(max(a - m, 0), b + m) for (a, b), m in zip(box_of(region), more))] = 2
     return out
 
-# %% ../nbs/012_annotations.ipynb #c017
+# %% ../nbs/012_annotations.ipynb #c021
 def point_map(centre, shape, spacing, inner_mm, outer_mm):
     "What a click at `centre` says: [dim] in mm (index times spacing, not world coordinates), inside the image -> uint8 of `shape`, 1 up to `inner_mm` away, 2 (not known) up to `outer_mm`, 0 beyond; 0 <= inner_mm <= outer_mm. Errors: `ParameterError`."
     size = _lengths(spacing, len(shape), inner_mm=inner_mm, outer_mm=outer_mm)

@@ -21,40 +21,47 @@ def plane_of(volume, axis, at):
     cut = np.take(volume, at, axis)
     return cut if axis == 0 else cut[::-1]
 
-def draw_planes(axes, sample, channel=0):
-    "Draws the axial, coronal and sagittal slice of a 3D sample (numpy) into three axes: grey from the 1st to the 99th percentile of the foreground, its border thin, the mask's border in colour, the sides of the person as letters (a picture, of one slice: one plane, no letters)."
-    image, inside, mask = sample["image"][channel], sample["foreground"][0], sample["mask"][0]
-    what = mask if mask.any() else inside
-    centre = [int(np.round(where.mean())) for where in np.nonzero(what)]
-    low, high = np.percentile(image[inside], [1, 99])
-    for ax, (name, (axis, left, right, top, bottom)) in zip(axes, PLANES.items()):
-        rows, columns = [a for a in range(3) if a != axis]
-        spacing, sides = sample["meta"]["spacing"], ((left, .03, .5), (right, .97, .5), (top, .5, .96), (bottom, .5, .04))
-        ax.set(xticks=[], yticks=[])
-        if 1 in (image.shape[rows], image.shape[columns]): ax.set_axis_off(); continue          # a picture has one plane
-        ax.imshow(plane_of(image, axis, centre[axis]), cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=spacing[rows]/spacing[columns], interpolation="nearest")
-        for region, colour, width in ((inside, COLOURS[0], .6), (mask, COLOURS[1], 1.2)):
-            cut = plane_of(region, axis, centre[axis])
-            if cut.any() and not cut.all(): ax.contour(cut, [.5], colors=[colour], linewidths=width)
-        for letter, x, y in sides if len(image) > 1 else (): ax.text(x, y, letter, transform=ax.transAxes, color="yellow", fontsize=8, ha="center", va="center")
+# %% ../../nbs/data/178_look.ipynb #c009
+def _cuts(mask, inside):
+    "Indices [3] of the slices to draw of mask and foreground [D,H,W]: those with the most of the mask, without a mask those through the centre of the foreground."
+    if mask.any(): return [int(mask.sum(tuple(a for a in range(3) if a != axis)).argmax()) for axis in range(3)]
+    return [int(np.round(where.mean())) for where in np.nonzero(inside)]
 
-# %% ../../nbs/data/178_look.ipynb #c010
+# %% ../../nbs/data/178_look.ipynb #c012
+def draw_planes(axes, sample, channel=0):
+    "Draws the axial, coronal and sagittal slice of a 3D sample (numpy) into three axes: where most of the mask lies, else through the centre of the foreground; grey from the 1st to the 99th percentile of the foreground, its border thin, the mask's border in colour, the sides of the person as letters (a picture, of one slice: one plane, no letters)."
+    image, inside, mask = sample["image"][channel], sample["foreground"][0], sample["mask"][0]
+    at = _cuts(mask, inside)
+    low, high = np.percentile(image[inside], [1, 99])
+    for ax, (axis, left, right, top, bottom) in zip(axes, PLANES.values()):
+        rows, columns = [a for a in range(3) if a != axis]
+        spacing, sides = sample["meta"]["spacing"], ((left, .04, .5), (right, .96, .5), (top, .5, .95), (bottom, .5, .05))
+        ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        if 1 in (image.shape[rows], image.shape[columns]): ax.set_axis_off(); continue          # a picture has one plane
+        ax.imshow(plane_of(image, axis, at[axis]), cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=spacing[rows]/spacing[columns], interpolation="nearest")
+        for region, colour, width in ((inside, COLOURS[0], .8), (mask, COLOURS[1], 1.2)):
+            cut = plane_of(region, axis, at[axis])
+            if cut.any() and not cut.all(): ax.contour(cut, [.5], colors=[colour], linewidths=width)
+        for letter, x, y in sides if len(image) > 1 else ():
+            ax.text(x, y, letter, transform=ax.transAxes, color="yellow", fontsize=8, ha="center", va="center", bbox=dict(facecolor="black", alpha=.6, pad=.8, linewidth=0))
+
+# %% ../../nbs/data/178_look.ipynb #c015
 def look_figure(records, golden=None, count=4, seed=0):
-    "A figure of `count` scans of a list of records by chance (ill and healthy by turns), each a row: three planes and the histogram of the foreground; `golden`: a record that is known to be right, drawn first. Errors: `DataError` for scans that cannot be read, `ParameterError`."
+    "A figure of `count` scans of a list of records by chance (ill and healthy by turns), each a row: three planes and the histogram of the foreground, of the first channel; `golden`: a record that is known to be right, drawn first. Errors: `DataError` for scans that cannot be read, `ParameterError`."
     if count < 1: raise ParameterError("count", f"is {count}", "1 or more")
     if not records: raise DataError("look_figure", "got no records", "at least one scan")
     rng, kinds = rng_of("look", seed), [[r for r in records if r.label == label] for label in (1, 0)]
     turns = [r for pair in zip(*([k[i] for i in rng.permutation(len(k))] + [None]*(max(map(len, kinds)) - len(k)) for k in kinds)) for r in pair if r is not None]
     rows = ([(golden, "golden")] if golden else []) + [(r, "") for r in turns[:count]]
     with plt.rc_context(STYLE):
-        fig, grid = plt.subplots(len(rows), 4, figsize=(9, 2.3*len(rows)), dpi=75, layout="constrained", squeeze=False, width_ratios=(1, 1, 1, 1.2))
+        fig, grid = plt.subplots(len(rows), 4, figsize=(9, 2.1*len(rows)), dpi=110, layout="constrained", squeeze=False, width_ratios=(1, 1, 1, 1.2))
         for axes, (r, what) in zip(grid, rows):
             sample = load_record(r)
             draw_planes(axes[:3], sample)
             values = sample["image"][0][sample["foreground"][0]]
             more = values[values > values.min()]                                         # air, clipped values: their share is said, or their bar hides all others
-            axes[3].hist(more if len(more) else values, bins=60, color=COLOURS[1] if what else COLOURS[0], density=True)
-            axes[3].set(yticks=[], title=f"{values.min():.3g} ({(values == values.min()).mean():.0%}) to {values.max():.3g}, {'x'.join(f'{s:.2g}' for s in sample['meta']['spacing'])} mm")
-            axes[3].title.set_fontsize(8)
-            axes[0].set_ylabel(what or r.id[:22], fontsize=8)
+            axes[3].hist(more if len(more) else values, bins=60, color=COLOURS[4 if what else 0], density=True)
+            axes[3].set_yticks([]); axes[3].tick_params(labelsize=8)
+            axes[3].set_title(f"{values.min():.4g} ({(values == values.min()).mean():.0%}) to {values.max():.4g}; voxels {'x'.join(f'{s:.2g}' for s in sample['meta']['spacing'])} mm", fontsize=8)
+            axes[0].set_ylabel(what or (r.id if len(r.id) < 30 else f"{r.id[:14]}…{r.id[-14:]}"), fontsize=8)      # a long name is shortened in its middle: the subject's number stands at its end
     return fig

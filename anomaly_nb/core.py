@@ -147,7 +147,7 @@ def collate(samples):
 # %% ../nbs/000_core.ipynb #c025
 @dataclass(frozen=True)
 class Settings:
-    "What `settings.ini` says: paths (absolute), accelerator, precision, seed, and how many processes and threads."
+    "What `settings.ini` says: paths (absolute), how runs start and what they may use, accelerator, precision, seed, and how many processes and threads."
     cohorts: Path          # embedded cohorts
     cache: Path            # preprocessed volumes
     runs: Path             # run folders
@@ -157,10 +157,14 @@ class Settings:
     workers: int = 0       # data loading processes of one training
     processes: int = 0     # runs or subjects side by side; 0: one a core
     threads: int = 1       # threads inside one run
+    start: str = "warm"    # of a run: a copy of a process that has imported everything, or a kernel
+    minutes: int = 0       # wall-clock time of one run; 0: no limit
+    memory: int = 0        # MiB of one run; 0: no limit
+    gpus: str = ""         # GPUs that runs are dealt to, such as 0,1; empty: all there are
     data: dict = field(default_factory=dict, hash=False)       # {data set: folder} of what was downloaded, section [data]
 
-_SECTIONS = {"paths": ("cohorts", "cache"), "runs": ("folder",), "compute": ("accelerator", "precision", "seed", "workers", "processes", "threads")}
-_ALLOWED = {"accelerator": ("auto", "cpu", "gpu"), "precision": ("32-true", "bf16-mixed", "16-mixed")}
+_SECTIONS = {"paths": ("cohorts", "cache"), "runs": ("folder", "start", "minutes", "memory"), "compute": ("accelerator", "precision", "seed", "workers", "processes", "threads", "gpus")}
+_ALLOWED = {"accelerator": ("auto", "cpu", "gpu"), "precision": ("32-true", "bf16-mixed", "16-mixed"), "start": ("warm", "kernel")}
 
 # %% ../nbs/000_core.ipynb #c026
 def settings_file(start=None):
@@ -204,6 +208,7 @@ def settings(start=None, environ=None):
         if value is None: continue
         if name in ("cohorts", "cache", "runs"): values[name] = place(value)
         elif name in _ALLOWED: choose(value, _ALLOWED[name], f"settings: {name}")
+        elif name == "gpus": values[name] = value.replace(" ", "")
         elif not value.isdigit(): raise SettingsError(f"settings: {name}", f"is {value!r}", "a whole number, 0 or more")
         else: values[name] = int(value)
     return Settings(**values, data={e: place(v.strip()) for (s, e), v in entries.items() if s == "data" and v.strip()})

@@ -95,6 +95,15 @@ class Ledger(LedgerFile):
         "How a run ended (one of `ENDED`). seconds: of this attempt; memory: its peak in MiB. Errors: `ParameterError`."
         self._write("UPDATE runs SET state=?, message=?, seconds=?, memory=?, finished=? WHERE name=?", (choose(state, ENDED, "state"), message, seconds, memory, _now(), name))
 
+    def agree(self, name, experiment, parameters, state, message=""):
+        "Makes the row say what the folder says, where it does not; enters it where it is missing."
+        self._write("INSERT INTO runs (name, experiment, parameters, state, message, queued) VALUES (?,?,?,?,?,?) ON CONFLICT(name) DO UPDATE SET state=excluded.state, message=excluded.message WHERE state != excluded.state",
+                    (name, experiment, json.dumps(parameters, sort_keys=True), choose(state, STATES, "state"), message, _now()))
+
+    def forget(self, name):
+        "Takes a queued row out."
+        self._write("DELETE FROM runs WHERE name=? AND state='queued'", (name,))
+
     def note(self, name, **values):
         "Writes `job` (of a cluster) or `track` (of a tracking server) into a row. Errors: `ParameterError`."
         for column, value in values.items(): self._write(f"UPDATE runs SET {choose(column, ('job', 'track'), 'column')}=? WHERE name=?", (str(value), name))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCOPES', 'DATA', 'experiments_folder', 'experiment_path', 'code_cells', 'Parameter', 'read_parameters', 'convert',
-           'check_value', 'check_parameters', 'imported_modules', 'absolute', 'data_hash', 'run_key']
+           'check_value', 'check_parameters', 'imported_modules', 'absolute', 'data_hash', 'run_key', 'modules_needed']
 
 # %% ../nbs/725_parameters.ipynb #c003
 import ast
@@ -172,7 +172,7 @@ def data_hash(parameters):
     def about(record): return {k: v for k, v in record.meta.items() if not (isinstance(v, str) and os.path.isabs(v))}
     return {pool: [records_manifest(items), stable_hash(sorted([r.id, stable_hash(about(r))] for r in items))] for pool, items in records.items()}
 
-# %% ../nbs/725_parameters.ipynb #c021b
+# %% ../nbs/725_parameters.ipynb #c022
 def _entries(notebook, parameters):
     "The entries of the catalog that a run meets: its components, names in any other parameter (joined by +), names that a cell writes out, and the tasks that these models bring along."
     words = {w for v in parameters.values() if isinstance(v, str) for w in re.split(r"[+,;:= ]", v)} | {*_components(parameters).values()}
@@ -180,7 +180,7 @@ def _entries(notebook, parameters):
     words |= {e.task for name, e in catalog.MODELS.items() if name in words and e.task}
     return [entry for table in catalog.TABLES.values() for name, entry in table.items() if name in words]
 
-# %% ../nbs/725_parameters.ipynb #c022
+# %% ../nbs/725_parameters.ipynb #c023
 def run_key(notebook, parameters, data=None):
     "Hash of all that can change a run's numbers. `data`: what `data_hash` said, if it was asked before."
     from anomaly_nb.experiment import device_class
@@ -192,3 +192,19 @@ def run_key(notebook, parameters, data=None):
         "cells": [_without_docstrings(text) for text, tags in code_cells(notebook) if "parameters" not in tags], "modules": modules, "entries": [repr(e) for e in entries],
         "parameters": {k: v for k, v in parameters.items() if k not in ("out", "path")}, "settings": [now.precision, now.threads, now.seed], "data": data_hash(parameters) if data is None else data,
         "constraints": constraints.read_text() if constraints.is_file() else "", "device": device_class(now.accelerator)})
+
+# %% ../nbs/725_parameters.ipynb #c025
+@functools.lru_cache(maxsize=1000)
+def _others(source):
+    "Full names of what `source` imports that is neither this library nor Python's own."
+    tree, names = ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())), set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import): names |= {a.name for a in n.names}
+        if isinstance(n, ast.ImportFrom) and n.module and not n.level: names.add(n.module)
+    return frozenset(n for n in names if n.partition(".")[0] not in {"anomaly_nb", *sys.stdlib_module_names})
+
+def modules_needed(notebook, parameters):
+    "Names of the modules that a run with these parameters imports sooner or later, and what executes it, sorted. Nothing is imported here."
+    source = "\n".join(text for text, _ in code_cells(notebook)) + "".join(f"\nimport {e.target.split(':')[0]}" for e in _entries(notebook, parameters))
+    own = imported_modules(source)
+    return sorted({"papermill", "anomaly_nb.cells", *own, *_others(source)}.union(*map(_others, own.values())))

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 # %% ../nbs/729_warm.ipynb #c006
@@ -107,18 +108,19 @@ def fresh_states(threads=1):
 
 # %% ../nbs/729_warm.ipynb #c011
 def execute_job(job_file, parent, engine=None):
-    "Executes the job of a JSON file with papermill in this process (`engine`: \"cells\", or None for a kernel), as long as the process `parent` lives. Returns the exit status: 0, or 3 when a cell raised."
+    "Executes the job of a JSON file with papermill in this process (`engine`: \"cells\", or None for a kernel), as long as the process `parent` lives. Returns the exit status: 0, or 3 when a cell raised or the notebook could not be read or saved."
     threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()     # before an import that takes seconds: the parent may be killed in them
     sys.modules.setdefault("rfc3987_syntax", None)     # jsonschema would build its grammar of web addresses, two seconds for nothing
     import papermill
     if engine: import anomaly_nb.cells                 # registers it
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
-        papermill.execute_notebook(job["notebook"], job["output"], parameters=job["parameters"], kernel_name="python3", engine_name=engine, cwd=job["folder"], progress_bar=False, log_output=False)
+        papermill.execute_notebook(job["notebook"], job["output"], parameters=job["parameters"], kernel_name="python3", language="python", engine_name=engine, cwd=job["folder"], progress_bar=False, log_output=False)
         return 0
-    except papermill.PapermillExecutionError as error:
-        Path(job["folder"], "traceback.txt").write_text(f"cell {error.exec_count}\n{error.ename}: {error.evalue}\n\n" + re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), encoding="utf-8")
-        return 3
+    except papermill.PapermillExecutionError as error: said = f"cell {error.exec_count}\n{error.ename}: {error.evalue}\n\n" + re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    except Exception as error: said = f"outside of the cells\n{type(error).__name__}: {error}\n\n{traceback.format_exc()}"         # no notebook; no room to save it
+    with contextlib.suppress(OSError): Path(job["folder"], "traceback.txt").write_text(said, encoding="utf-8")
+    return 3
 
 def _end_with_parent(parent):
     "Ends this process group, a kernel included, when the process that started it is gone."
@@ -185,15 +187,15 @@ def code_stamp():
 
 # %% ../nbs/729_warm.ipynb #c015
 class Starter:
-    "Starts runs from a warm parent with `modules`, anew when the library's code changed. Safe to use from several threads. `why`: why it starts none."
+    "Starts runs from a warm parent with `modules` (names, or a function that gives them when the first is needed), anew when the library's code changed. Safe to use from several threads. `why`: why it starts none."
     def __init__(self, modules, env=None):
-        self.modules, self.env, self.parents, self.why, self.lock = list(modules), dict(os.environ if env is None else env), [], "" if hasattr(os, "fork") else "this system cannot fork", threading.Lock()
+        self.modules, self.env, self.parents, self.why, self.lock = modules, dict(os.environ if env is None else env), [], "" if hasattr(os, "fork") else "this system cannot fork", threading.Lock()
 
     def start(self, job_file, folder, env):
         "A `WarmChild`, or None where there is no warm start."
         if self.why: return None
         with self.lock:
-            if not self.parents or self.parents[-1].stamp != code_stamp() or self.parents[-1].process.poll() is not None: self.parents.append(WarmParent(self.modules, self.env))
+            if not self.parents or self.parents[-1].stamp != code_stamp() or self.parents[-1].process.poll() is not None: self.parents.append(WarmParent(self.modules() if callable(self.modules) else self.modules, self.env))
             parent = self.parents[-1]
         if child := parent.start(job_file, folder, env): return child
         if parent.process.poll() is None: self.why = parent.unfit                # it lives and must not be copied; one that died gets a successor with the next run

@@ -187,10 +187,11 @@ def run_key(notebook, parameters, data=None):
     entries = _entries(notebook, parameters)
     source = "\n".join(text for text, _ in code_cells(notebook)) + "".join(f"\nimport {e.target.split(':')[0]}" for e in entries)
     modules = {name: code for name, code in imported_modules(source).items() if name != "anomaly_nb.catalog"}
+    real = sorted([name, str(place), place.exists()] for name, place in settings().data.items()) if parameters.get("data") == "real" else []    # an experiment that reads them itself
     now, constraints = settings(), Path(sys.modules["anomaly_nb"].__file__).resolve().parents[1]/"constraints.txt"
     return stable_hash({
         "cells": [_without_docstrings(text) for text, tags in code_cells(notebook) if "parameters" not in tags], "modules": modules, "entries": [repr(e) for e in entries],
-        "parameters": {k: v for k, v in parameters.items() if k not in ("out", "path")}, "settings": [now.precision, now.threads, now.seed], "data": data_hash(parameters) if data is None else data,
+        "parameters": {k: v for k, v in parameters.items() if k not in ("out", "path")}, "settings": [now.precision, now.threads, now.seed, *real], "data": data_hash(parameters) if data is None else data,
         "constraints": constraints.read_text() if constraints.is_file() else "", "device": device_class(now.accelerator)})
 
 # %% ../nbs/725_parameters.ipynb #c025

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG', 'Run', 'worker_environment', 'Limits', 'memory_of', 'BusyError', 'execute', 'is_result', 'read_state',
-           'earlier', 'reason', 'failed_runs']
+           'earlier', 'is_made', 'reason', 'failed_runs']
 
 # %% ../nbs/730_runner.ipynb #c003
 import json
@@ -144,6 +144,15 @@ def earlier(root, name):
     for folder in (Path(root)/"failed"/name, Path(root)/f".partial-{name}"):
         note = next((f for f in (folder/"state.json", folder/"traceback.txt") if f.is_file()), None)
         if note and (said := read_state(folder))["state"] != "killed": return said | {"folder": folder, "at": note.stat().st_mtime}
+
+def is_made(root, name):
+    "Whether a process is making a run now: its lock is held."
+    from filelock import FileLock, Timeout
+    file = Path(root)/".locks"/f"{name}.lock"
+    if not file.is_file(): return False
+    try:
+        with FileLock(file, thread_local=False).acquire(timeout=0): return False
+    except (Timeout, OSError): return True
 
 # %% ../nbs/730_runner.ipynb #c014
 def _execute_in(run, notebook, values, key, partial, final, on_progress=None, stop=None, starter=None, limits=Limits(), gpu=None):

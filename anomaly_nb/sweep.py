@@ -18,7 +18,7 @@ import yaml
 
 from .core import DataError, InputError, PoolError, choose, settings, stable_hash
 from .parameters import DATA, absolute, check_parameters, check_value, data_hash, experiment_path, read_parameters, run_key
-from .runner import Run
+from .runner import Run, earlier, is_made, is_result
 
 # %% ../nbs/735_sweep.ipynb #c005
 class _Loader(yaml.SafeLoader):
@@ -69,7 +69,7 @@ def _axes(place, content, known, lists):
     return axes
 
 # %% ../nbs/735_sweep.ipynb #c011
-PART, MOST = ("experiment", "fixed", "grid", "runs"), 2000
+PART, MOST = ("experiment", "fixed", "grid", "zip", "seeds", "runs", "exclude"), 2000
 TOP = (*PART, "then", "report")
 
 @dataclass
@@ -82,22 +82,39 @@ class Sweep:
     then: list = field(default_factory=list)
 
 def points(axes):
-    "`{name: [values]}` multiplied out: the last name changes fastest."
-    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    "`{name: [values]}` multiplied out: the last name changes fastest. A tuple of names has tuples of values."
+    found = []
+    for values in itertools.product(*axes.values()):
+        found.append({})
+        for name, value in zip(axes, values): found[-1] |= dict(zip(name, value)) if isinstance(name, tuple) else {name: value}
+    return found
 
 # %% ../nbs/735_sweep.ipynb #c013
 def _entries(file, content, known, given, lent=None):
-    "The rule: entry over grid over fixed over what is `lent`, and `given` over all. `[{name: [values]}]`, one for each entry of `runs`."
+    "The rule: entry over zip, grid and fixed, these over what is `lent`, and `given` over all. `[{name: [values]}]`, one for each entry of `runs`."
     fixed = _axes(f"{file}: fixed", content["fixed"], known, "no") if content.get("fixed") else {}
     grid = _axes(f"{file}: grid", content["grid"], known, "yes") if "grid" in content else {}
-    for name in fixed:
-        if name in grid: raise InputError(f"{file}: {name}", "stands in fixed and in grid", "one of the two")
+    side = _axes(f"{file}: zip", content["zip"], known, "yes") if "zip" in content else {}
+    seeds = _seeds(file, content["seeds"], known) if "seeds" in content else {}
+    for name, places in itertools.groupby(sorted((n, place) for place, part in {"fixed": fixed, "grid": grid, "zip": side, "seeds": seeds}.items() for n in part), key=lambda pair: pair[0]):
+        if len(found := [place for _, place in places]) > 1: raise InputError(f"{file}: {name}", f"stands in {' and in '.join(found)}", "one of the two")
+    if len({len(values) for values in side.values()}) > 1: raise InputError(f"{file}: zip", f"has lists of different lengths ({', '.join(f'{n} {len(v)}' for n, v in side.items())})", "as many values of each: they are taken together")
     runs = content.get("runs", [{}])
     if not isinstance(runs, list) or not runs: raise InputError(f"{file}: runs", "is no list or an empty one", "a list of mappings, such as - {model: vae}")
     entries = [_axes(f"{file}: runs, entry {n}", r, known, "may") for n, r in enumerate(runs, start=1)] if "runs" in content else [{}]
-    most = sum(math.prod(map(len, (grid | e).values())) for e in entries)
-    if most > MOST: raise InputError(file, f"asks for {most} runs", f"at most {MOST}; split it, or take less of the grid")
-    return [(lent or {}) | fixed | grid | e | {name: [value] for name, value in given.items()} for e in entries]
+    made = []
+    for e in entries:
+        rest = {n: v for n, v in side.items() if n not in e and n not in given}
+        made.append((lent or {}) | fixed | grid | ({tuple(rest): list(zip(*rest.values()))} if rest else {}) | seeds | e | {name: [value] for name, value in given.items()})
+    if (most := sum(math.prod(map(len, axes.values())) for axes in made)) > MOST: raise InputError(file, f"asks for {most} runs", f"at most {MOST}; split it, or take less of the grid")
+    return made
+
+def _seeds(file, said, known):
+    "`seeds: 3` or `seeds: [0, 5]` as an axis. Errors: `InputError`."
+    if "seed" not in known: raise InputError(f"{file}: seeds", "is said, and the notebook has no parameter seed", "an experiment with a seed, or its own parameter in grid")
+    if isinstance(said, int) and not isinstance(said, bool): said = list(range(said))
+    if not isinstance(said, list): raise InputError(f"{file}: seeds", f"is {said!r}", "how many (3), or which ([0, 1, 2])")
+    return _axes(f"{file}: seeds", {"seed": said}, known, "yes")
 
 # %% ../nbs/735_sweep.ipynb #c014
 def _runs(place, content, given, lent=None):
@@ -108,10 +125,23 @@ def _runs(place, content, given, lent=None):
     for number, axes in enumerate(_entries(place, content, known, given, {n: [v] for n, v in lent.items()}), start=1):
         for point in points(axes):
             with at(f"{place}: runs, entry {number} ({_words(point, point)})" if "runs" in content else f"{place}: {_words(point, point)}"): wanted.append((check_parameters(notebook, point), point))
+    wanted = _without(place, content, known, wanted)
     for values, said in wanted: unique.setdefault(stable_hash(values), (values, said))
     runs = [Run(notebook.stem, values) for values, _ in unique.values()]
     for run, (_, said) in zip(runs, unique.values()): run.name = _words(run.parameters, [n for n in differing(runs) if n in said])
     return runs, len(wanted) - len(runs)
+
+def _without(place, content, known, wanted):
+    "The runs that no entry of `exclude` meets (all its values, or one of each list). Errors: `InputError` for an entry that meets none, or for all gone."
+    rules = content.get("exclude", [])
+    if not isinstance(rules, list) or "exclude" in content and not rules: raise InputError(f"{place}: exclude", "is no list or an empty one", "a list of mappings, such as - {model: vae, seed: [1, 2]}")
+    for number, rule in enumerate(rules, start=1):
+        axes = _axes(f"{place}: exclude, entry {number}", rule, known, "may")
+        left = [(values, said) for values, said in wanted if any(values[n] not in among for n, among in axes.items())]
+        if len(left) == len(wanted): raise InputError(f"{place}: exclude, entry {number}", "meets no run", "values that some run has")
+        wanted = left
+    if not wanted: raise InputError(f"{place}: exclude", "leaves no run", "at least one run")
+    return wanted
 
 # %% ../nbs/735_sweep.ipynb #c015
 def _then(file, content, given):
@@ -137,7 +167,7 @@ def read_sweep(file, given=None):
     report = content.get("report", Path(file).stem)
     if not isinstance(report, str) or not re.fullmatch(r"[\w][\w .+-]*", report): raise InputError(f"{file}: report", f"is {report!r}", "a name of letters, digits, . _ + -")
     with at(file): known = read_parameters(experiment_path(content.get("experiment", "evaluate")))
-    if "grid" not in content and "runs" not in content: raise InputError(file, "names no runs", "grid, runs or both")
+    if not {"grid", "zip", "seeds", "runs"} & {*content}: raise InputError(file, "names no runs", "grid, zip, seeds or runs")
     runs, repeated = _runs(file, content, given)
     then = _then(file, content, given)
     for name in given:
@@ -153,7 +183,7 @@ def differing(runs):
     "Names of the parameters in which runs differ, in the order of the notebook."
     return [n for n in (runs[0].parameters if runs else {}) if len({repr(r.parameters[n]) for r in runs}) > 1]
 
-# %% ../nbs/735_sweep.ipynb #c023
+# %% ../nbs/735_sweep.ipynb #c024
 def prepare(sweep):
     "Reads the data of all runs and gives each run its key (those of `then` get theirs from `follow`). Runs whose data have an error get the status failed and the message; the others stay waiting. Returns the sweep. Errors: `ParameterError` (a size or contrast that the data set does not have)."
     from anomaly_nb import catalog
@@ -170,18 +200,19 @@ def prepare(sweep):
         else: run.data, run.key = seen[which], "" if id(run) in later else run_key(notebook, run.parameters, seen[which])
     return sweep
 
-# %% ../nbs/735_sweep.ipynb #c024
+# %% ../nbs/735_sweep.ipynb #c025
 def state_of(run, folder=None):
-    "What there is of a prepared run: done, unfinished (goes on where it was), failed before (is tried again), to do, no data, or after them (a run of `then` whose inputs are not there yet)."
+    "What there is of a prepared run: done, killed (goes on where it was), failed, oom or timeout (is made again only if asked for), running, to do, no data, or after them (a run of `then` whose inputs are not there yet)."
     root = Path(folder or settings().runs)
     if not run.key: return "no data" if run.status == "failed" else "after them"
-    if (root/run.folder_name/"metrics.json").is_file(): return "done"
-    return "unfinished" if (root/f".partial-{run.folder_name}").is_dir() else "failed before" if (root/"failed"/run.folder_name).is_dir() else "to do"
+    if is_result(root/run.folder_name): return "done"
+    if is_made(root, run.folder_name): return "running"
+    return before["state"] if (before := earlier(root, run.folder_name)) else "killed" if (root/f".partial-{run.folder_name}").is_dir() else "to do"
 
-# %% ../nbs/735_sweep.ipynb #c026
+# %% ../nbs/735_sweep.ipynb #c027
 def follow(sweep, folder=None):
     "Gives the runs of `then` the folders of the finished runs (executed by now, or there before) and their keys. Without any they fail. Returns the sweep."
-    there = [run.folder.name if run.folder else run.folder_name for run in sweep.runs if run.status in ("done", "cached") or run.status == "waiting" and state_of(run, folder) == "done"]
+    there = [run.folder.name if run.folder else run.folder_name for run in sweep.runs if run.status in ("done", "cached") or run.status == "queued" and state_of(run, folder) == "done"]
     for run in sweep.then:
         if run.status == "failed": continue
         if not there: run.status, run.message = "failed", "none of the runs above is finished, there is nothing to go on with"

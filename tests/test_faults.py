@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from anomaly_nb import parameters, runner
+from anomaly_nb import batch, parameters, runner
 from anomaly_nb.core import InputError
 from house import ROOT
 
@@ -50,7 +50,7 @@ def test_a_run_without_metrics_has_failed(experiments, tmp_path):
 def test_one_failure_does_not_end_the_others(experiments, tmp_path):
     notebook(experiments/"breaks.ipynb", ["1/0"])
     notebook(experiments/"works.ipynb", [WRITE])
-    runs = runner.execute_all([runner.Run("breaks", {}), runner.Run("works", {"n": "2"}), runner.Run("works", {"m": 2})], tmp_path/"runs", processes=2)
+    runs = batch.execute_all([runner.Run("breaks", {}), runner.Run("works", {"n": "2"}), runner.Run("works", {"m": 2})], tmp_path/"runs", processes=2)
     assert [r.status for r in runs] == ["failed", "done", "failed"]
     assert json.loads((runs[1].folder/"metrics.json").read_text()) == {"n": 2}
     assert "there is no 'm'" in runs[2].message
@@ -111,7 +111,7 @@ def test_a_child_whose_parent_died_while_it_started_ends(experiments, tmp_path):
     job.write_text(json.dumps({"notebook": str(experiments/"works.ipynb"), "output": str(tmp_path/"out.ipynb"), "folder": str(tmp_path), "parameters": {"out": str(tmp_path)}}))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    child = subprocess.Popen([sys.executable, "-c", "import sys; from anomaly_nb.runner import _execute; _execute(*sys.argv[1:])", str(job), str(gone.pid)], start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-c", "import sys; from anomaly_nb.warm import execute_job; sys.exit(execute_job(*sys.argv[1:]))", str(job), str(gone.pid)], start_new_session=True)
     assert child.wait(60) == -signal.SIGKILL and not (tmp_path/"metrics.json").exists()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anomaly_nb import experiment, parameters, runner, sweep
+from anomaly_nb import batch, experiment, parameters, runner, sweep
 from anomaly_nb.core import DataError, InputError
 from house import ROOT, modules
 from test_cli import call
@@ -190,9 +190,9 @@ def test_data_are_read_once_and_an_error_fails_only_its_own_runs(experiments, tm
     monkeypatch.setattr(experiment, "load_records", load)
     plan = sweep.prepare(sweep.read_sweep(file(tmp_path, "experiment: works\ngrid: {contrast: [FLAIR, T2], n: [1, 2]}")))
     assert asked == ["FLAIR", "T2"]
-    assert [r.status for r in plan.runs] == ["waiting", "waiting", "failed", "failed"]
+    assert [r.status for r in plan.runs] == ["queued", "queued", "failed", "failed"]
     assert [sweep.state_of(r, tmp_path/"runs") for r in plan.runs] == ["to do", "to do", "no data", "no data"]
-    runner.execute_all(plan.runs, tmp_path/"runs", processes=2)
+    batch.execute_all(plan.runs, tmp_path/"runs", processes=2)
     assert asked == ["FLAIR", "T2"]                                                           # the runner does not read them again
     assert [r.status for r in plan.runs] == ["done", "done", "failed", "failed"]
     assert all(r.message == "scans/07.nii.gz: is truncated; expected: a NIfTI file" for r in plan.runs[2:])
@@ -205,19 +205,24 @@ def test_a_size_that_a_data_set_does_not_have_refuses_the_file(tmp_path):
 
 # --- running ---------------------------------------------------------------------------------------------------------------------------------------------------------------
 
-def test_done_is_done_and_a_failure_is_tried_again(experiments, tmp_path):
+def test_done_is_done_and_a_failure_is_tried_again_if_asked(experiments, tmp_path):
     notebook(experiments/"works.ipynb", ["assert n != 2, 'two <is> too many'", WRITE])
     path, runs = file(tmp_path, "experiment: works\ngrid: {n: [1, 2, 3]}"), tmp_path/"runs"
-    first = runner.execute_all(sweep.prepare(sweep.read_sweep(path)).runs, runs, processes=2)
+    first = batch.execute_all(sweep.prepare(sweep.read_sweep(path)).runs, runs, processes=2)
     assert [r.status for r in first] == ["done", "failed", "done"]
     times = {p: p.stat().st_mtime_ns for p in runs.glob("works-*/*")}
     assert runner.failed_runs(runs) == [(first[1].folder.name, "AssertionError: two <is> too many")]
     again = sweep.prepare(sweep.read_sweep(path))
-    assert [sweep.state_of(r, runs) for r in again.runs] == ["done", "failed before", "done"]
-    assert [r.status for r in runner.execute_all(again.runs, runs, processes=2)] == ["cached", "failed", "cached"]
+    assert [sweep.state_of(r, runs) for r in again.runs] == ["done", "failed", "done"]
+    failure = next((runs/"failed").glob("*/state.json")).stat().st_mtime_ns
+    assert [r.status for r in batch.execute_all(again.runs, runs, processes=2)] == ["cached", "failed", "cached"]
+    assert next((runs/"failed").glob("*/state.json")).stat().st_mtime_ns == failure              # told, not made
+    again = sweep.prepare(sweep.read_sweep(path))
+    assert [r.status for r in batch.execute_all(again.runs, runs, processes=2, retry=True)] == ["cached", "failed", "cached"]
+    assert next((runs/"failed").glob("*/state.json")).stat().st_mtime_ns > failure and runner.read_state(next((runs/"failed").glob("*")))["attempts"] == 2
     assert times == {p: p.stat().st_mtime_ns for p in runs.glob("works-*/*")}
     notebook(experiments/"works.ipynb", [WRITE])                                             # repaired: another key, and the old failure is history
-    assert [r.status for r in runner.execute_all(sweep.prepare(sweep.read_sweep(path)).runs, runs, processes=2)] == ["done"] * 3
+    assert [r.status for r in batch.execute_all(sweep.prepare(sweep.read_sweep(path)).runs, runs, processes=2)] == ["done"] * 3
     assert runner.failed_runs(runs) == []
 
 
@@ -226,7 +231,7 @@ def test_code_that_changes_while_a_sweep_runs_makes_other_runs(experiments, tmp_
     plan = sweep.prepare(sweep.read_sweep(file(tmp_path, "experiment: works\ngrid: {n: [1]}")))
     before = plan.runs[0].key
     notebook(experiments/"works.ipynb", [WRITE, "x = 1"])
-    run = runner.execute_all(plan.runs, tmp_path/"runs")[0]
+    run = batch.execute_all(plan.runs, tmp_path/"runs")[0]
     assert run.status == "done" and before not in run.folder.name
 
 
@@ -236,7 +241,7 @@ def test_two_sweeps_at_once_share_a_run(experiments, tmp_path, code, ends):
     log = tmp_path/"log"
     notebook(experiments/"slow.ipynb", [f"with open({str(log)!r}, 'a') as f: f.write('x')", "import time; time.sleep(2)", code])
     runs = [runner.Run("slow", {}) for _ in range(2)]
-    threads = [threading.Thread(target=runner.execute_all, args=([run], tmp_path/"runs")) for run in runs]
+    threads = [threading.Thread(target=batch.execute_all, args=([run], tmp_path/"runs")) for run in runs]
     for t in threads: t.start()
     for t in threads: t.join(60)
     assert sorted(r.status for r in runs) == sorted(ends)
@@ -253,7 +258,7 @@ def test_what_another_process_left_is_taken_over(experiments, tmp_path):
     lock.parent.mkdir(parents=True)
     other = subprocess.Popen([sys.executable, "-c", f"import time; from filelock import FileLock; lock = FileLock({str(lock)!r}); lock.acquire(); print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    waiting = threading.Thread(target=runner.execute_all, args=([run], runs))
+    waiting = threading.Thread(target=batch.execute_all, args=([run], runs))
     waiting.start()
     end = time.monotonic() + 20
     while run.status != "elsewhere" and time.monotonic() < end: time.sleep(0.05)
@@ -279,8 +284,8 @@ def two_parts(experiments):
 def run_both(plan, runs):
     "Statuses of both parts after running them as the command does."
     sweep.prepare(plan)
-    runner.execute_all(plan.runs, runs, processes=2)
-    runner.execute_all(sweep.follow(plan, runs).then, runs)
+    batch.execute_all(plan.runs, runs, processes=2)
+    batch.execute_all(sweep.follow(plan, runs).then, runs)
     return [r.status for r in plan.runs], [r.status for r in plan.then]
 
 
@@ -371,5 +376,5 @@ def test_a_sweep_from_the_command_line(tmp_path):
     assert call("report", str(tmp_path/"runs")).returncode == 0
     assert "the training loss is" in (tmp_path/"runs"/"report.html").read_text()           # the page over a folder finds failures too
     again = call("sweep", "mine.yaml", "--folder", "runs", "--dry-run", cwd=tmp_path)
-    assert again.returncode == 0 and "failed before" in again.stdout and again.stdout.count("done ") == 1, again.stderr
+    assert again.returncode == 0 and again.stdout.count("failed ") == 1 and again.stdout.count("done ") == 1, again.stderr
     assert stamp == {p: p.stat().st_mtime_ns for p in made.rglob("*")}

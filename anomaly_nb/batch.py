@@ -103,7 +103,7 @@ def execute_all(runs, folder=None, processes=None, show=None, limits=None, retry
             try: batch.make(run, tell, since)
             except BusyError as error: run.status, run.message = "elsewhere", str(error)
             except InputError as error: run.status, run.message = "failed", str(error)
-            except OSError as error: run.status, run.message = "failed", f"{error.filename}: {error.strerror}"
+            except OSError as error: run.status, run.message = "failed", f"{error.filename or batch.folder}: {error.strerror}"
             except Exception as error: run.status, run.message = "failed", f"{type(error).__name__}: {error}"     # a fault of ours must not end the other runs
             if show: show(run, {})
         with ThreadPoolExecutor(max_workers=width) as pool:

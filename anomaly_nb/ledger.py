@@ -123,10 +123,8 @@ def read_ledger(folder):
     "The rows of a folder's ledger, without touching it: [] where there is none or it cannot be read."
     file = Path(folder)/NAME
     if not file.is_file(): return []
-    try:
-        db = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
-        try:
+    for way in ("mode=ro", "immutable=1"):                     # the second: on a disk that is full or read-only, without what is not yet in the main file
+        with contextlib.suppress(sqlite3.Error, ValueError), contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?{way}", uri=True, timeout=5)) as db:
             db.row_factory = sqlite3.Row
             return [dict(r) | {"parameters": json.loads(r["parameters"])} for r in db.execute("SELECT * FROM runs ORDER BY rowid")]
-        finally: db.close()
-    except (sqlite3.Error, ValueError): return []
+    return []

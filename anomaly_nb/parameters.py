@@ -29,9 +29,10 @@ def experiments_folder():
     raise InputError("experiments", f"no folder nbs/experiments in {', '.join(map(str, roots))}", "a checkout of anomaly_nb installed with pip install -e .")
 
 def experiment_path(name):
-    "The notebook of an experiment. Errors: `ParameterError` with the nearest name."
-    names = sorted(p.stem for p in experiments_folder().glob("*.ipynb"))
-    return experiments_folder()/f"{choose(name, names, 'experiment')}.ipynb"
+    "The notebook of an experiment: your own (in `nbs/experiments` beside your `settings.ini`) before one of the library's. Errors: `ParameterError` with the nearest name."
+    own = [settings_file().parent/"nbs"/"experiments"] if settings_file() else []
+    found = {p.stem: p for folder in (experiments_folder(), *own) for p in sorted(folder.glob("*.ipynb"))}
+    return found[choose(name, sorted(found), "experiment")]
 
 # %% ../nbs/725_parameters.ipynb #c006
 def code_cells(notebook):

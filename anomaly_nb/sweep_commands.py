@@ -113,8 +113,10 @@ def run_sweep(plan, folder=None, processes=0, only=(), retry=False, minutes=None
     if plan.then: status |= execute_shown(follow(plan, folder).then, processes, folder, **options)
     runs = [*plan.runs, *plan.then]
     done = [run for run in runs if run.status in GOOD]
-    if done: status |= write_page([run.folder for run in done], folder/f"report-{plan.report}.html", [(run.name or run.label, run.message or run.status) for run in runs if run not in done])
-    return status
+    try: return status | write_page([run.folder for run in done], folder/f"report-{plan.report}.html", [(run.name or run.label, f"{run.status}: {run.message}".rstrip(": ")) for run in runs if run not in done])
+    except OSError as error:                                   # a full disk must not hide what the runs came to
+        print(f"the report cannot be written: {error.filename or folder}: {error.strerror}", file=sys.stderr)
+        return 1
 
 def write_page(folders, file, failed=()):
     "Writes the page over run folders, prints its table and its path. Returns 1 when a run was left out because it cannot be read, else 0."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..core import DataError
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c006
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c008
 @dataclass(frozen=True)
 class Published:
     """One published table. Every value is a share between 0 and 1.
@@ -29,7 +29,7 @@ class Published:
     numbers: tuple
     ours: dict
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c008
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c010
 def rows_of(text, columns, tag, scale=0.01):
     "Numbers of `Published` from lines `method | cell cell ...`. columns: (column, (metric, ...)) of each cell; a cell is `80.7/83.3` (one value a metric), `83.4±4.4` (with spread; of the first metric) or `-`. Errors: `DataError`."
     found = []
@@ -42,7 +42,7 @@ def rows_of(text, columns, tag, scale=0.01):
                 if one != "-": found.append((method, column, metric, round(float(one) * scale, 6), round(float(spread) * scale, 6) if spread else None, tag))
     return tuple(found)
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c012
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c014
 CRADL_COLUMN = ", CRADL's region"
 _SLICE, _VOXEL, _SAMPLE, _PIXEL = (tuple(f"{level} {m}" for m in ("AP", "AUROC")) for level in ("slice", "voxel", "sample", "pixel"))
 _MRI = [(column, metrics) for metrics in (_SLICE, _VOXEL) for column in ("BraTS 2017", "ISLES 2015")]
@@ -76,7 +76,7 @@ Random | 40.3/50.0 29.4/50.0 1.7/50.0 0.8/50.0 50.0/50.0 31.6/50.0 4.5/50.0 2.7/
 3/2 mean of folds | 81.1±4.3 52.5±4.7 37.9±11.1 15.4±3.3 78.7±1.8 71.1±1.4 20.3±1.4 20.4±1.7
 4/1 mean of folds | 81.5±2.7 53.1±2.3 36.1±9.0 16.5±5.0 79.2±1.3 71.8±1.3 20.4±0.9 21.1±0.9"""
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c014
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c016
 _MANY_FOLDS = """
 1/4 fold 0 | 80.5/88.6 56.5/80.9 32.2/96.5 12.0/94.7 79.1/77.3 72.0/81.5 19.7/73.1 20.9/79.8
 1/4 fold 1 | 83.1/89.7 59.2/82.7 59.6/98.3 29.2/97.2 78.7/76.2 69.5/79.4 17.4/69.8 18.6/73.8
@@ -94,7 +94,7 @@ _MANY_FOLDS = """
 2/3 fold 8 | 81.1/88.3 60.7/80.6 53.6/97.2 29.1/94.9 77.5/75.8 70.0/80.7 18.1/71.2 17.7/77.8
 2/3 fold 9 | 78.9/87.5 56.3/80.0 38.6/97.1 26.9/96.1 79.2/77.6 71.5/81.6 20.4/73.3 19.6/80.4"""
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c015
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c017
 _MANY_FOLDS += """
 3/2 fold 0 | 80.2/87.2 46.9/73.3 37.9/96.5 10.8/94.4 78.4/77.3 71.7/81.2 21.5/75.4 21.7/80.6
 3/2 fold 1 | 82.1/89.5 57.5/82.1 29.9/96.5 16.6/96.1 80.1/78.7 72.0/82.1 20.2/73.2 21.1/79.8
@@ -118,15 +118,15 @@ def _many(upper, columns):
     "Numbers of the half of the table with the given columns, the upper part first."
     return (*upper, *(row for row in _MANY_ALL if any(row[1] == column and row[2] in metrics for column, metrics in columns)))
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c020
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c025
 MANY_MRI = Published(
     "Baugh et al., Many tasks make light work, MICCAI 2023, Tables 1 and 2", "brain MRI (T2): networks taught with synthetic anomalies, learned on healthy people, tested on tumours and strokes",
-    {"training": "HCP, 1113 healthy young people, T2; a part for choosing the epoch", "test": "all 285 people of BraTS 2017 and all 28 of ISLES 2015 SISS, T2; everybody is ill", "resolution": "2 mm, whole volumes of 80 x 112 x 80; columns in CRADL's region: slices of 128 x 128 in the centre of 190 x 155 mm, 10 mm off at both ends",
-     "normalisation": "z-score in the brain, background 0; the box of the brain cut out and padded", "score of a slice": "mean of the map; a slice is ill with more than 5 of 128 x 128 pixels", "voxel AP": "all voxels, background included; in the authors' code the mean AP of batches of 20 people, over ten shuffles. AUROC over all voxels at once",
+    {"training": "HCP, 1113 healthy young people, T2; in the splits 1/4 and 4/1 a network learns from four fifths of them, in 2/3 and 3/2 from three; the others choose the epoch", "test": "all 285 people of BraTS 2017 and all 28 of ISLES 2015 SISS, T2; everybody is ill", "resolution": "2 mm, whole volumes of 80 x 112 x 80; columns in CRADL's region: slices of 128 x 128 in the centre of 190 x 155 mm, 10 mm off at both ends",
+     "normalisation": "z-score in the brain, background 0; the box of the brain (in T1 and T2) cut out and padded", "score of a slice": "axial slices, mean of the map; a slice is ill if more than 5/128^2 of it is", "voxel AP": "all voxels, background included; in the authors' code the mean AP of batches of 20 people, over ten shuffles. AUROC over all voxels at once",
      "threshold": "none: AP and AUROC need none", "choice of the epoch": "lowest loss on the tasks that were not trained on; no real anomaly is used", "choice of the score": "VAE, ceVAE, CRADL: the kind of score was chosen on real anomalies of BraTS and ISLES; their numbers are those of the CRADL paper",
      "spread": "standard deviation over folds (n - 1)", "foreign patches": "MOOD, abdomens"},
     {"aggregation": "the same code measures all methods: mean of the map for a slice, also for VAE, ceVAE and CRADL, which have slice scores of their own", "choice of the score": "fixed before: no real anomaly is looked at", "validation": "the anomalies of the validation are the same in every epoch (the authors draw new ones)",
-     "folds": "people sorted by name (the authors: order of the folder)", "slices": "axial; in the authors' code the first axis of their arrays", "CRADL's region": "cut from the 2 mm volume, not from the original", "baselines": "slices of the 2 mm volumes; the networks of this repository",
+     "folds": "people sorted by name (the authors: order of the folder)", "box of the brain": "that of T2 alone", "CRADL's region": "cut from the 2 mm volume, not from the original", "baselines": "slices of the 2 mm volumes; the networks of this repository",
      "ceVAE, its abstract": "ROC-AUC on both benchmarks; what it is over was not read, voxels are assumed"},
     {c + r: (name, "", "T2") for r in ("", CRADL_COLUMN) for c, name in (("BraTS 2017", "brats"), ("ISLES 2015", "isles"))},
     {c + r: ("brain", f"families=('{family}',)") for r in ("", CRADL_COLUMN) for c, family in (("BraTS 2017", "glioma"), ("ISLES 2015", "stroke"))},
@@ -134,10 +134,10 @@ MANY_MRI = Published(
     _many(rows_of(_MANY_UPPER_MRI, _MRI_CRADL, "S"), _MRI) + rows_of("ceVAE, its abstract | 0.95 0.89", [("BraTS 2017", ("voxel AUROC",)), ("ISLES 2015", ("voxel AUROC",))], "A", 1),
     {"VAE": "vae", "ceVAE": "cevae", "ceVAE, its abstract": "cevae", "CRADL": "cradl"})
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c021
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c026
 MANY_XRAY = Published(
     "Baugh et al., Many tasks make light work, MICCAI 2023, Tables 1 and 2", "chest X-rays: networks taught with synthetic anomalies, learned on healthy pictures",
-    {"training": "4000 healthy pictures of VinDr-CXR's training part, the list of DDAD (62 pictures with one vote of three for a finding are replaced by unanimously healthy ones)", "test": "DDAD's test split: 1000 healthy and 1000 ill pictures of the training part; VinDr-CXR test: its own 3000, labels of two senior readers",
+    {"training": "4000 healthy pictures of VinDr-CXR's training part, the list of DDAD (52 of them, and 10 healthy test pictures, in which one reader of three saw a finding are replaced by unanimously healthy ones)", "test": "DDAD's test split: 1000 healthy and 1000 ill pictures of the training part; VinDr-CXR test: its own 3000, labels of two senior readers",
      "resolution": "256 x 256 (MemAE, f-AnoGAN, AE-U: 64 x 64 in DDAD's code)", "normalisation": "window of the DICOM, histogram equalisation in 256 bins, [-1, 1]", "score of a picture": "mean of the map", "pixel truth": "union of the boxes of all findings",
      "pixel AP": "all pixels; in the authors' code the mean AP of batches of 20 pictures, over ten shuffles", "threshold": "none", "choice of the epoch": "lowest loss on the tasks that were not trained on", "baselines": "numbers of DDAD's paper on its split, pixels were not published", "foreign patches": "10 000 photographs of ImageNet"},
     {"training": "without DDAD's list: the first 4000 unanimously healthy pictures by name", "DDAD's test split": "needs its list (JSON of names); pictures on which one of three readers disagrees are left out, where the paper replaces them", "normalisation": "z-score after the equalisation", "foreign patches": "photographs that come with scikit-image",
@@ -145,12 +145,12 @@ MANY_XRAY = Published(
     {"DDAD's test split": ("vindr", "", ""), "VinDr-CXR test": ("vindr", "", "")}, {"DDAD's test split": ("chest", ""), "VinDr-CXR test": ("chest", "")}, ("vindr", ""), ("chest", ""),
     _many(rows_of(_MANY_UPPER_CXR, _CXR, "S"), _CXR), {"MemAE": "memae", "f-AnoGAN": "fanogan", "AE-U": "aeu", "FPI": "fpi", "PII": "pii", "NSA": "nsa", "DDAD-ASR": "ddad-asr"})
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c023
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c028
 CT_PRETEXT = Published(
     "Venkatakrishnan et al., Self-supervised out-of-distribution detection in brain CT scans, NeurIPS 2020 workshop, Table 2", "brain CT: a VAE with a head that tells how a slice was turned and shifted",
     {"training": "119 normal volumes (16 506 slices), 30 (4126) for validation", "test": "30 normal volumes (4314 slices), 44 abnormal (4805): atrophy 20, bleeding 11, ischaemia 9, 4 others", "score of a slice": "(1 - lambda) s_g + lambda s_r, lambda = 0.5 by trial; s_r: norm of the residual; s_g: mean over the transforms",
      "Dice": "from the residual; the threshold is not told, the spread not explained", "resolution": "not told", "normalisation": "not told", "slices": "which slices of an abnormal volume count as abnormal is not told"},
-    {"data": "clinical scans that were not published", "AUPR": "average precision (steps, no trapezoids)", "Dice": "threshold from healthy validation slices", "transforms": "20 classes (turn x shift); the paper's number is ambiguous"},
+    {"data": "the paper's scans were not published: an embedded cohort, or CT scans of your own", "score of a slice": "root mean square residual; lambda as in the paper; both parts z-normalised on healthy validation slices", "AUPR": "average precision (steps, no trapezoids)", "Dice": "threshold from healthy validation slices", "transforms": "20 classes (turn x shift) by default, or 36; the paper does not say how many"},
     {"clinical CT": ("", "", "CT")}, {"clinical CT": ("ct", "mix=paper window=brain")}, ("", ""), ("ct", "mix=paper window=brain"),
     rows_of("""VAE | 0.668/0.704 0.110±0.021
 ceVAE | 0.766/0.640 0.112±0.021
@@ -158,10 +158,10 @@ VAE with pretraining | 0.673/0.772 0.112±0.021
 multitask | 0.822/0.868 0.086±0.024""", [("clinical CT", ("slice AUROC", "slice AUPR")), ("clinical CT", ("Dice",))], "S", 1),
     {"VAE": "vae", "ceVAE": "cevae", "VAE with pretraining": "vae-context", "multitask": "multitask"})
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c024
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c029
 LESION_SETS = Published(
     "Meissen et al., Challenging current semi-supervised anomaly segmentation methods for brain MRI, BrainLes 2021 (abstract, authors' page)", "FLAIR lesions: a threshold on equalised brightness against learned methods",
-    {"training": "the threshold learns nothing; what the others learned from was not read", "test": "people with lesions; which of them, and which slices, was not read", "normalisation": "histogram equalisation of FLAIR", "best Dice": "at the best threshold on the test set: an oracle", "columns": "MSLUB stands in two tables with different numbers: beside the transformers, and beside the autoencoders, whose protocols differ"},
+    {"training": "the threshold learns nothing; what the others learned from was not read", "test": "people with lesions; which of them, and which slices, was not read", "normalisation": "histogram equalisation of FLAIR", "best Dice": "at the best threshold on the test set: an oracle", "columns": "MSLUB stands in two tables with different numbers: beside the transformers, and beside the autoencoders; what differs in their protocols was not read"},
     {"training": "no healthy set with a reader here has FLAIR: unless one is given, networks learn from slices free of lesions of people of the same set who are not tested (ISBI has nobody to spare: of MSLUB)", "test": "so fewer people are tested; only ill ones with outlines", "MSSEG 2015": "taken to be ISBI 2015 (challenge of that year on multiple sclerosis), the training people; the name alone says so", "transformers": "no ensemble of eight here; one transformer (vqvae-prior) stands in a row of its own", "region": "voxels of the brain only; of the paper it was not read"},
     {"BraTS": ("brats", "", "FLAIR"), "WMH": ("wmh", "", "FLAIR"), "MSLUB, beside transformers": ("mslub", "", "FLAIR"), "MSLUB, beside autoencoders": ("mslub", "", "FLAIR"), "MSSEG 2015": ("isbi", "", "FLAIR")},
     {"BraTS": ("brain", "families=('glioma',)"), "WMH": ("brain", "families=('white_matter_hyperintensities',)"), **dict.fromkeys(("MSLUB, beside transformers", "MSLUB, beside autoencoders", "MSSEG 2015"), ("brain", "families=('ms',)"))},
@@ -173,7 +173,7 @@ f-AnoGAN | - - - 28.3/22.1 34.2/25.5
 dense autoencoder | - - - 27.1/16.3 18.5/8.0""", [("BraTS", ("best Dice",)), ("WMH", ("best Dice",)), ("MSLUB, beside transformers", ("best Dice",)), ("MSLUB, beside autoencoders", ("best Dice", "voxel AP")), ("MSSEG 2015", ("best Dice", "voxel AP"))], "A"),
     {"FLAIR threshold": "intensity", "8 transformers": "", "VAE restoration": "vae-restoration", "f-AnoGAN": "fanogan", "dense autoencoder": "ae"})
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c025
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c030
 MVTEC = Published(
     "MVTec AD: Schlueter et al., NSA, ECCV 2022 (with CutPaste and FPI beside it); Zavrtanik et al., DRAEM, 2021 (all from the authors' code)", "pictures of 15 kinds of objects and textures: synthetic anomalies",
     {"training": "train/good of each category, a network each", "test": "test of each category; mean over categories", "score of a picture": "NSA: mean of the map; DRAEM: maximum of the map, averaged in 21 x 21", "threshold": "none", "parameters": "NSA has its own for each category"},
@@ -188,7 +188,7 @@ DRAEM | 98.1/97.5/68.9 -""", [("MVTec AD, 15 categories", ("image AUROC", "pixel
 
 PUBLISHED = {"many_tasks_mri": MANY_MRI, "many_tasks_xray": MANY_XRAY, "ct_pretext": CT_PRETEXT, "lesion_sets": LESION_SETS, "mvtec": MVTEC}
 
-# %% ../../nbs/methods/694_paper_numbers.ipynb #c027
+# %% ../../nbs/methods/694_paper_numbers.ipynb #c032
 NOT_TABULATED = {
     "Pinon et al., siamese autoencoder and one-class SVM, MIDL 2023 (WMH)": "no number was read (abstract: on par with the best two methods)",
     "Wolleb et al., Diffusion models for medical anomaly detection, MICCAI 2022 (BraTS 2020)": "no number was read: curves over noise level and guidance",

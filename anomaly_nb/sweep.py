@@ -70,16 +70,27 @@ def _axes(place, content, known, lists):
 
 # %% ../nbs/735_sweep.ipynb #c011
 PART, MOST = ("experiment", "fixed", "grid", "zip", "seeds", "runs", "exclude"), 2000
-TOP = (*PART, "then", "report")
+TOP = (*PART, "include", "then", "report")
 
 @dataclass
 class Sweep:
-    "A sweep file, read: its runs (each once), how many were said more than once, the name of its report, and the runs over the folders of the first ones."
+    "A sweep file, read: its runs (each once), how many were said more than once, the name of its report, the runs over the folders of the first ones, and the sweeps that it includes."
     file: Path
     runs: list
     repeated: int = 0
     report: str = ""
     then: list = field(default_factory=list)
+    parts: list = field(default_factory=list)
+
+    @property
+    def first(self):
+        "The runs that wait for no other: its own, and those of the sweeps that it includes; each once."
+        found = {}
+        for run in (*(run for part in self.parts for run in part.runs), *self.runs): found.setdefault((run.experiment, stable_hash(run.parameters)), run)
+        return list(found.values())
+
+    @property
+    def every(self): return [*self.first, *(run for part in self.parts for run in part.then), *self.then]
 
 def points(axes):
     "`{name: [values]}` multiplied out: the last name changes fastest. A tuple of names has tuples of values."
@@ -167,12 +178,25 @@ def read_sweep(file, given=None):
     report = content.get("report", Path(file).stem)
     if not isinstance(report, str) or not re.fullmatch(r"[\w][\w .+-]*", report): raise InputError(f"{file}: report", f"is {report!r}", "a name of letters, digits, . _ + -")
     with at(file): known = read_parameters(experiment_path(content.get("experiment", "evaluate")))
-    if not {"grid", "zip", "seeds", "runs"} & {*content}: raise InputError(file, "names no runs", "grid, zip, seeds or runs")
-    runs, repeated = _runs(file, content, given)
+    own, parts = bool({"grid", "zip", "seeds", "runs"} & {*content}), _included(file, content, given)
+    if not own and not parts: raise InputError(file, "names no runs", "grid, zip, seeds, runs or include")
+    runs, repeated = _runs(file, content, given) if own else ([], 0)
     then = _then(file, content, given)
     for name in given:
-        if not any(name in run.parameters for run in then): choose(name, list(known), f"parameter of {runs[0].experiment}")
-    return Sweep(Path(file), runs, repeated, report, then)
+        if not any(name in run.parameters for run in (*then, *(run for part in parts for run in part.every))): choose(name, list(known), f"parameter of {content.get('experiment', 'evaluate')}")
+    return Sweep(Path(file), runs, repeated, report, then, parts)
+
+def _included(file, content, given):
+    "The sweeps of `include`: file names beside this file. Of `given` each takes what its notebooks know. Errors: `InputError` for a file that is missing, or includes others itself."
+    names, parts = content.get("include", []), []
+    if not isinstance(names, list) or "include" in content and not names or not all(isinstance(n, str) for n in names): raise InputError(f"{file}: include", "is no list of file names or an empty one", "a list of sweep files beside this one, such as [latent.yaml, spine.yaml]")
+    for name in names:
+        path = Path(file).parent/name
+        other = _mapping(path, read_yaml(path), "a sweep file: a mapping with fixed, grid, runs")
+        if "include" in other: raise InputError(path, f"includes others and is included by {file}", "one level of files")
+        with at(f"{file}: include"): known = {n for part in (other, other["then"] if isinstance(other.get("then"), dict) else {}) for n in read_parameters(experiment_path(part.get("experiment", "evaluate")))}
+        parts.append(read_sweep(path, {n: v for n, v in given.items() if n in known}))
+    return parts
 
 # %% ../nbs/735_sweep.ipynb #c017
 def _words(values, names):
@@ -187,8 +211,8 @@ def differing(runs):
 def prepare(sweep):
     "Reads the data of all runs and gives each run its key (those of `then` get theirs from `follow`). Runs whose data have an error get the status failed and the message; the others stay waiting. Returns the sweep. Errors: `ParameterError` (a size or contrast that the data set does not have)."
     from anomaly_nb import catalog
-    seen, later = {}, set(map(id, sweep.then))
-    for run in (*sweep.runs, *sweep.then):
+    seen, later = {}, set(map(id, [*sweep.then, *(run for part in sweep.parts for run in part.then)]))
+    for run in sweep.every:
         values, notebook = absolute(run.parameters), experiment_path(run.experiment)
         which = stable_hash([*(values.get(k) for k in DATA), catalog.MODELS[values["model"]].needs if values.get("model") else ()])
         if which not in seen:
@@ -212,7 +236,8 @@ def state_of(run, folder=None):
 # %% ../nbs/735_sweep.ipynb #c027
 def follow(sweep, folder=None):
     "Gives the runs of `then` the folders of the finished runs (executed by now, or there before) and their keys. Without any they fail. Returns the sweep."
-    there = [run.folder.name if run.folder else run.folder_name for run in sweep.runs if run.status in ("done", "cached") or run.status == "queued" and state_of(run, folder) == "done"]
+    above = [*sweep.first, *(run for part in sweep.parts for run in part.then)]
+    there = [run.folder.name if run.folder else run.folder_name for run in above if run.status in ("done", "cached") or run.status == "queued" and state_of(run, folder) == "done"]
     for run in sweep.then:
         if run.status == "failed": continue
         if not there: run.status, run.message = "failed", "none of the runs above is finished, there is nothing to go on with"

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from anomaly_nb import catalog
 from anomaly_nb.core import DataError, ParameterError
 from anomaly_nb.data.chest import chest_records
 from anomaly_nb.data.public_sets import PUBLIC_SETS
-from anomaly_nb.methods.published import NOT_TABULATED, PUBLISHED, absent, all_published, beside, draw_beside, measured_rows, published_table
+from anomaly_nb.methods.published import NOT_TABULATED, PUBLISHED, absent, against_paper, all_published, beside, draw_beside, measured_rows, not_run, published_table, told_against
 
 KEY = ["method", "set", "metric"]
 
@@ -67,6 +68,32 @@ def test_a_folder_makes_it_measured(tmp_path, monkeypatch):
     assert "is no folder" in absent("mvtec")
 
 
+def test_where_the_paper_lies_to_our_interval():
+    table = beside("mvtec", some("mvtec"))
+    assert not len(against_paper(table)) and told_against(table) == "No cell of the paper was measured."        # a stand-in reaches nothing
+    real = table.assign(measured=table["stand_in"], paper=[.7, .5, .3, *table["paper"][3:]])
+    real.loc[3:, "measured"] = math.nan
+    found = against_paper(real)
+    assert found["verdict"].tolist() == ["ours below", "paper inside our interval", "ours above"] and np.allclose(found["difference"], [-.2, 0, .2])
+    assert against_paper(real.assign(low=math.nan))["verdict"].tolist() == ["no interval"]*3 and told_against(real).startswith("Of 3 cells")
+    assert told_against(real.assign(method="Random")) == "No cell of the paper was measured."
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_every_cell_without_a_number_has_its_reason(name):
+    table = beside(name, some(name), why={"all": "no time"})
+    assert not_run(table)["cells"].sum() == table["state"].str.startswith("NOT RUN").sum() and not_run(table)["reason"].is_unique
+
+
+def test_a_crowded_figure_keeps_the_ensembles():
+    "Single folds go first; a part of an ensemble stands beside the paper's whole one."
+    t = published_table("many_tasks_mri")
+    ours = t[t["method"].str.contains("fold |^Random")][KEY]
+    ours = pd.concat([ours, ours[ours["method"] == "Random"].assign(method="1/4 ensemble (of 2)")], ignore_index=True).assign(value=.5, low=.4, high=.6, trainings=1)
+    labels = [label.get_text() for label in draw_beside(beside("many_tasks_mri", ours)).axes[0].get_yticklabels()]
+    assert {"1/4 ensemble", "1/4 ensemble (of 2)", "Random"} <= set(labels) and not any(" fold " in label for label in labels)
+
+
 def test_wrong_names_and_double_cells():
     with pytest.raises(ParameterError): published_table("many_task_mri")
     with pytest.raises(ParameterError): absent("brain")                                                # made here: nobody brings it
@@ -105,6 +132,7 @@ def executed(name, out, **given):
     space = {"display": lambda *shown: None}
     for cell in (c for c in notebook["cells"] if c["cell_type"] == "code"):
         exec("".join(cell["source"]), space)
+        if "draw_beside" in space: space["draw_beside"] = lambda *_: Figure(figsize=(1, 1))                # figures are tested above
         if "parameters" in cell["metadata"].get("tags", []): space |= given | {"out": str(out)}
     return pd.read_csv(out/"scores"/"beside.csv"), json.loads((out/"metrics.json").read_text())
 

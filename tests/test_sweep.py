@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anomaly_nb import batch, experiment, parameters, runner, sweep
+from anomaly_nb import batch, catalog, experiment, parameters, runner, sweep
 from anomaly_nb.core import DataError, InputError
 from house import ROOT, modules
 from test_cli import call
@@ -108,8 +108,35 @@ def test_the_shipped_sweeps_are_right():
         plan = sweep.read_sweep(path)
         assert plan.repeated == 0, path
         if plan.then: continue                                                  # what counts is the second part: a table with a row of chance, a correlation
-        baselines = {name for r in plan.runs for name in (r.parameters.get("model", ""), *str(r.parameters.get("baselines", "")).split("+"))} & {"random", "intensity", "trivial", "pca", "mean"}
+        baselines = {name for r in plan.first for name in (r.parameters.get("model", ""), *str(r.parameters.get("baselines", "")).split("+"))} & {"random", "intensity", "trivial", "pca", "mean"}
         assert len(baselines) >= 2, f"{path}: no number means much without baselines"
+
+
+def test_all_methods_are_all_methods():
+    plan = sweep.read_sweep(ROOT/"sweeps"/"all-methods.yaml")
+    assert sorted(r.parameters["model"] for r in plan.runs) == sorted(name for name in catalog.MODELS if name != "spine")
+
+
+def test_included_sweeps_keep_their_second_parts_and_the_last_gets_all(two_parts, tmp_path):
+    file(tmp_path, "experiment: works\ngrid: {n: [1, 2]}\nthen: {experiment: sums}", "one.yaml")
+    file(tmp_path, "experiment: works\ngrid: {n: [2, 3]}", "two.yaml")
+    path = file(tmp_path, "include: [one.yaml, two.yaml]\nthen: {experiment: sums, fixed: {k: 2}}", "all.yaml")
+    plan, runs = sweep.prepare(sweep.read_sweep(path)), tmp_path/"runs"
+    assert len(plan.first) == 3 and len(plan.every) == 5                                          # n=2 stands in both files and is one run
+    batch.execute_all(plan.first, runs, processes=2)
+    batch.execute_all(sweep.follow(plan.parts[0], runs).then, runs)
+    assert len(plan.parts[0].then[0].parameters["inputs"].split(",")) == 2
+    batch.execute_all(sweep.follow(plan, runs).then, runs)
+    assert plan.then[0].status == "done" and len(plan.then[0].parameters["inputs"].split(",")) == 4
+
+
+@pytest.mark.parametrize("text, said", [("include: []\n", "is no list of file names"), ("include: one.yaml", "is no list of file names"), ("include: [gone.yaml]", "gone.yaml: cannot be read"), ("include: [me.yaml]", "one level of files"),
+                                        ("seeds: x", "seeds: is 'x'"), ("seeds: 2\ngrid: {seed: [1]}", "stands in grid and in seeds"), ("zip: {seed: [1, 2], epochs: [1]}", "different lengths (seed 2, epochs 1)"), ("seeds: 0", "is an empty list"),
+                                        ("seeds: 2\nexclude: [{seed: 7}]", "exclude, entry 1: meets no run"), ("seeds: 2\nexclude: [{seed: [0, 1]}]", "leaves no run"), ("seeds: 2\nexclude: []", "exclude: is no list or an empty one"), ("seeds: 2\nexclude: [{modle: ae}]", "did you mean 'model'?")])
+def test_short_forms_are_refused_with_their_place(tmp_path, text, said):
+    path = file(tmp_path, text, "me.yaml")
+    with pytest.raises(InputError) as caught: sweep.read_sweep(path)
+    assert said in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_the_task_folds_are_all_there():

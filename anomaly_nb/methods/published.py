@@ -99,7 +99,7 @@ def not_run(table):
     return pd.DataFrame([(reason, len(own), ", ".join(dict.fromkeys(own["method"])), ", ".join(dict.fromkeys(own["set"]))) for reason, own in rest.groupby("reason", sort=False)], columns=["reason", "cells", "methods", "sets"])
 
 # %% ../../nbs/methods/695_published.ipynb #c027
-def draw_beside(table, title="", most=26):
+def draw_beside(table, title="", most=30):
     """Figure of `beside`'s table, one panel a metric of the paper, lines in groups by set: the paper's value (diamond) and ours with its interval; stand-ins hollow and grey.
 
     Lines: those of which we have a number (without any: all the paper's), and the paper's ensemble beside our part of it; of more than `most` first no single folds, then those that the paper has, then the first. The title says how many are not drawn."""

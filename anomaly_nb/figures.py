@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'RARITY', 'short', 'line_styles', 'interval_figure', 'mean_curves', 'curve_figure', 'telling_ids',
-           'panel_methods', 'panel_figure', 'histories', 'training_figure', 'fold_figure']
+           'panel_methods', 'achieved', 'organ_box', 'panel_figure', 'histories', 'training_figure', 'fold_figure']
 
 # %% ../nbs/718_figures.ipynb #c003
 import textwrap
@@ -29,6 +29,7 @@ RARITY = ((1, "1 in 10"), (2, "1 in 100"), (3, "1 in 1,000"), (4, "1 in 10,000")
 
 def short(name, width=38):
     "A name as it may be drawn: no mathematics of matplotlib, no more than `width` characters."
+    name = "".join(c if c.isprintable() else " " for c in str(name))
     return textwrap.shorten(str(name), width, placeholder=" …").replace("$", r"\$") if len(str(name)) > width and " " in str(name)[:width] else str(name)[:width].replace("$", r"\$")
 
 def line_styles(group, names):
@@ -42,18 +43,20 @@ def line_styles(group, names):
     return styles
 
 # %% ../nbs/718_figures.ipynb #c011
-def interval_figure(group, found, names):
-    "Voxel AP and subject AUROC of `names` with their intervals, best voxel AP on top -> figure."
+def interval_figure(group, found, names, letters=None):
+    "Voxel AP and subject AUROC of `names` with their intervals, best voxel AP on top, a tick for each training -> figure. `letters`: `{metric: {name: letters}}` of methods that are not told apart, drawn at the right."
     styles = line_styles(group, names)
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 2, figsize=(9.6, 1.1 + 0.3 * len(names)), sharey=True, layout="constrained")
         for ax, metric in zip(axes, METRICS):
             for row, name in enumerate(names):
                 s = found[name].get((metric, ""))
-                if s is None: ax.text(0.02, row, "no map" if metric == "voxel AP" and not group.method(name).has_map else "not known", transform=ax.get_yaxis_transform(), va="center", color="#999999", fontsize=8); continue
+                if s is None: ax.text(0.02, row, "no map" if metric == "voxel AP" and not group.method(name).has_map else "not known", transform=ax.get_yaxis_transform(), va="center", color="#666666", fontsize=8); continue
                 i, colour = s.interval, styles[name]["color"]
                 ax.plot([i.low, i.high], [row, row], color=colour, linewidth=3, alpha=0.45, solid_capstyle="butt")
+                if len(s.trainings) > 1: ax.plot(s.trainings, [row + 0.27] * len(s.trainings), "|", color=colour, markersize=6, markeredgewidth=1.3)
                 ax.plot([s.value], [row], "o", color=colour, markersize=6, markerfacecolor="white" if group.method(name).baseline else colour)
+                if letters: ax.text(1.02, row, letters.get(metric, {}).get(name, ""), transform=ax.get_yaxis_transform(), va="center", fontsize=9, fontweight="bold", color="#333333")
             chance = 0.5 if metric == "subject AUROC" else next((group.method(n).mean("pixel", "prevalence") for n in names if group.method(n).has_map), None)
             if chance is not None: ax.axvline(chance, color="#888888", linewidth=1, linestyle=":"); ax.text(chance, -0.85, " chance", color="#666666", fontsize=8, va="center")
             ax.set(xlabel=metric, ylim=(len(names) - 0.5, -1.1)); ax.xaxis.set_major_locator(MaxNLocator(6)); ax.grid(axis="x", color="#e6e6e6", linewidth=0.8); ax.set_axisbelow(True)
@@ -121,12 +124,12 @@ def panel_methods(group, names, most=8):
     return able[:most] if base is None or base in able[:most] else [*able[:most - 1], base]
 
 # %% ../nbs/718_figures.ipynb #c021
-def _said(row):
-    "What one map achieved on a case, in two words."
+def achieved(row):
+    "What one map achieved on a case (its row of the table of subjects), in two words."
     if row["label"] == 0: return f"{100 * row['marked_voxels'] / max(1, row['voxels']):.1f} % marked"
     return f"AP {row['ap']:.2f}" if "ap" in row and pd.notna(row["ap"]) else "mask unknown"
 
-def _cut(case, margin=2):
+def organ_box(case, margin=2):
     "Slices (rows, columns) of the box around the organ of a kept case."
     axes = [np.flatnonzero(case["counted"].any(a)) for a in (1, 0)]
     return tuple(slice(max(0, a[0] - margin), a[-1] + margin + 1) if len(a) else slice(0, n) for a, n in zip(axes, case["shape"]))
@@ -141,7 +144,7 @@ def panel_figure(group, names, most=8):
     picks = telling_ids(middle.first.rows(middle.kind), shared) if len(middle.first.subjects) else []
     if not picks: return None, "The methods share no stored case: no panels."
     with plt.rc_context(STYLE):
-        sizes = [[s.stop - s.start for s in _cut(slices[i])] for _, i in picks]
+        sizes = [[s.stop - s.start for s in organ_box(slices[i])] for _, i in picks]
         fig, axes = plt.subplots(len(picks), 2 + len(columns), figsize=(1.35 * (2 + len(columns)) + 0.6, 1.1 + sum(1.4 * h / w + 0.16 for h, w in sizes)), squeeze=False, layout="constrained", height_ratios=[h / w for h, w in sizes])
         for line, (why, i) in zip(axes, picks): _panel_row(line, why, slices[i], [m[i] for m in maps], [m.first.rows(m.kind).set_index("id").loc[i] for m in methods])
         for ax, title in zip(axes[0], ("image", "truth", *columns)): ax.set_title("\n".join(textwrap.wrap(short(title, 44), 16)[:4]), fontsize=8.5)
@@ -155,7 +158,7 @@ def panel_figure(group, names, most=8):
 # %% ../nbs/718_figures.ipynb #c022
 def _panel_row(line, why, case, maps, rows):
     "Draws one case into a line of axes: image, truth, and each map with what it achieved below."
-    box = _cut(case)
+    box = organ_box(case)
     image, mask, inside = (np.asarray(case[k])[box][None] for k in ("image", "mask", "counted"))
     family = str(case["family"]).replace("_", " ").replace("white matter hyperintensities", "WMH")
     show_image(image, line[0], foreground=inside, vmin=0, vmax=255); show_image(image, line[1], foreground=inside, vmin=0, vmax=255)
@@ -168,7 +171,7 @@ def _panel_row(line, why, case, maps, rows):
         layer = ANOMALY(np.clip(t, 0, 1))
         layer[..., 3] = np.clip(4 * t, 0, 0.92) * inside[0]          # opaque early: a colour on the brain is the colour of the bar
         ax.imshow(layer, interpolation="nearest")
-        ax.set_xlabel(_said(row), fontsize=7.5, labelpad=2)
+        ax.set_xlabel(achieved(row), fontsize=7.5, labelpad=2)
 
 # %% ../nbs/718_figures.ipynb #c026
 def histories(group):

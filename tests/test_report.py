@@ -1,22 +1,39 @@
 """The report as a reader relies on it: known numbers, planted and null differences, joined seeds, text from data that stays text, and run folders that lack something."""
+import csv
 import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from anomaly_nb import figures, ranking, report, results
+from anomaly_nb import breakdown, figures, judgement, ranking, report, results
 from anomaly_nb.core import InputError, write_json
+from anomaly_nb.page import SCRIPT, text
+from anomaly_nb.ledger import Ledger
 from anomaly_nb.evaluation import Case, read_slices, save_case_histograms, save_map_slices, save_slices
 from anomaly_nb.methods import fold_table, task_table
 from anomaly_nb.metrics.binned import bin_histograms, bootstrap_binned
 from anomaly_nb.metrics.streaming import ScoreHistograms, fit_scale
 from anomaly_nb.metrics.uncertainty import bootstrap_histograms, subject_weights
+
+PICTURES = report.picture
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch, request):
+    "Figures are drawn and not stored, but where a test is about them: it is most of a report's time."
+    def quick(source, about, **more):
+        if not hasattr(source, "savefig"): return PICTURES(source, about, **more)
+        plt.close(source)
+        return f'<figure><img alt="{text(about)}" src="data:image/png;base64,iVBORw0KGgo="><figcaption>{text(about)}</figcaption></figure>'
+    if "needs_nothing_else" not in request.node.name: monkeypatch.setattr(report, "picture", quick)
+
 
 BAD = '<script>alert(1)</script><img src=x onerror=alert(2)>"\'&'
 SHAPE = (3, 8, 8)
@@ -45,7 +62,7 @@ def write_run(place, model, skill, seed=0, n=30, baseline=False, maps=True, slic
         rows.append({"kind": "residual", "id": mark + subject, "subject": mark + subject, "label": int(mask.any()), "family": kind_of, "site": about["site"], "mask_known": True,
                      "score": own.normal(skill * mask.any() + 0.3 * hard), "voxels": mask.size, "lesion_voxels": mask.sum(), "marked_voxels": int((score > 2).sum()), "dice": 0.1 if mask.any() else None, "ap": average_precision_score(mask.ravel(), score.ravel()) if mask.any() else None})
     label, score = np.concatenate([c.mask.ravel() for c in cases]), np.concatenate([c.map("residual").ravel() for c in cases])
-    numbers = {"method": model, "baseline": baseline, "image": {"auroc": 0.6}, "counts": {"subjects": 2 * n, "anomalous": n, "mask_unknown": 0}, "protocol": {"text": f"all voxels {mark}", "image_score_from": "fixed"},
+    numbers = {"method": model, "baseline": baseline, "image": {"auroc": 0.6}, "counts": {"subjects": 2 * n, "anomalous": n, "mask_unknown": 0}, "protocol": {"text": f"all voxels {mark}", "image_score_from": "fixed", "fpr": 0.01},
                "subject": {"auroc": roc_auc_score([r["label"] for r in rows], [r["score"] for r in rows])}}
     if maps:
         ap = average_precision_score(label, score)
@@ -65,7 +82,7 @@ class Seen(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.tags, self.events, self.links, self.text = set(), set(), [], ""
-        self.feed(page)
+        self.feed(page.replace(f"<script>{SCRIPT}</script>", "", 1))             # the page's own; any other is seen
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
@@ -77,7 +94,7 @@ class Seen(HTMLParser):
 
 def write(folders, place, **more):
     "(table, page) of a report."
-    table = report.write_report(folders, place/"report.html", n_boot=more.pop("n_boot", 300), **more)
+    table = report.write_report(folders, place/"report.html", n_boot=more.pop("n_boot", 150), **more)
     return table, (place/"report.html").read_text(encoding="utf-8")
 
 
@@ -124,7 +141,7 @@ def test_equal_methods_are_never_ordered_in_words(tmp_path):
         names, pairs = ranking.compare(group, found)
         undecided = ranking.verdict(pairs[tuple(names)]) == "undecided"
         decided += not undecided
-        assert ("better than every" in ranking.summary(group, found)[0]) == (not undecided)
+        assert ("better than every" in judgement.summary(group, found)[0]) == (not undecided)
     assert decided <= 2
 
 
@@ -160,17 +177,17 @@ def test_text_from_data_stays_text(tmp_path):
     (folder/"figures"/"panel-<i>&.png").write_bytes(b"\x89PNG small")
     table, page = write([folder, other], tmp_path, failed=[(f"run {BAD}", f"cell 3\nValueError: {BAD}\n\nTraceback {BAD}\n  last {BAD}")])
     seen = Seen(page)
-    assert not seen.tags & {"script", "iframe", "object", "embed", "link", "b", "i", "base", "form"} and not seen.events
+    assert not seen.tags & {"script", "iframe", "object", "embed", "link", "i", "base", "form"} and not seen.events
     assert BAD in seen.text and "ValueError: " + BAD in seen.text               # and what was written is read
-    assert "<script" not in page and "<img src=x" not in page
+    assert page.count("<script") == 1 and "<img src=x" not in page and "<b>x" not in page
     assert BAD in " ".join(table["method"])
 
 
 def test_the_page_needs_nothing_else(tmp_path):
     table, page = write([write_run(tmp_path, "net", 1.5, slices=True), write_run(tmp_path, "base", 0.5, baseline=True, slices=True)], tmp_path)
     links = Seen(page).links
-    assert links and all(v.startswith(("data:image/png;base64,", "#")) for v in links)
-    written = re.sub(r'src="data:[^"]*"', "", page)                              # pictures may spell anything
+    assert links and all(v.startswith(("data:image/png;base64,", "#", "report-tables/")) for v in links)      # the tables lie beside the page; nothing is loaded
+    written = re.sub(r'src="data:[^"]*"', "", page).replace(SCRIPT, "")          # pictures may spell anything
     assert not any(word in written for word in ("http:", "https:", "url(", "@import", "//"))
     anchors = {v[1:] for v in links if v.startswith("#")}
     assert anchors and all(f'id="{a}"' in page for a in anchors)                # the contents lead somewhere
@@ -187,16 +204,16 @@ def test_a_method_without_maps_is_named_and_stays_out_of_voxel_tables(tmp_path):
     group = group_of(folders)
     found = ranking.scores(group)
     assert "labels" not in ranking.best_kinds(group, found) and "labels" in ranking.best_kinds(group, found, "subject AUROC")
-    assert "labels" not in report.family_html(group, ranking.scores(group, families=["glioma"]), ranking.families(group), "voxel AP", ["net", "labels", "base"])
+    assert "labels" not in breakdown.part_html(group, ranking.scores(group, ranking.test_parts(group), n_boot=50), "family", "voxel AP", ["net", "labels", "base"])
     write([folders[1]], tmp_path)                                              # alone, too
 
 
 def test_failed_runs_are_told_with_the_end_of_their_traceback(tmp_path):
     long = "cell 4\nRuntimeError: out of memory\n\n" + "\n".join(f"line {i}" for i in range(100))
     _, page = write([write_run(tmp_path, "net", 1.0)], tmp_path, failed=[("evaluate-brain-vae", long), ("evaluate-brain-ae", "ended by signal 9"), ("silent", "")])
-    text = Seen(page).text
-    assert "3 failed" in text and "RuntimeError: out of memory" in text and "line 99" in text and "line 50" not in text
-    assert "ended by signal 9" in text and "no message" in text
+    said = Seen(page).text
+    assert "3 failed" in said and "RuntimeError: out of memory" in said and "line 99" in said and "line 50" not in said
+    assert "ended by signal 9" in said and "no message" in said
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -266,15 +283,15 @@ def test_run_folders_that_lack_something(tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [("binned-residual.npz", b"broken"), ("slices.npz", b"PK"), ("slices-residual.npz", b""), ("history.csv", b'a,b\n1,"2'), ("history.csv", b""), ("subjects.csv", b"\xff\xfe"), ("subjects.csv", b""),
-                                           ("paper_table.csv", b"part,split\n"), ("paper_table.csv", b""), ("../metrics.json", b"{"), ("../provenance.json", b"")])
+                                           ("paper_table.csv", b"part,split\n"), ("paper_table.csv", b""), ("../metrics.json", b"{"), ("../metrics.json", b'{"kinds": {"residual": {"pixel": 3}}}'), ("../metrics.json", b'{"kinds": {"../../x": {}}}'), ("../provenance.json", b"[]"), ("../provenance.json", b"")])
 def test_a_broken_stored_file_costs_its_own_run(tmp_path, name, content):
     "It is named, with what to do; the other runs have their page. Alone, it is an error and nothing is written."
     whole, broken = write_run(tmp_path, "whole", 1.0, slices=True), write_run(tmp_path, f"broken {BAD}", 2.0, slices=True, name="broken-run")
     (broken/"scores"/name).write_bytes(content)
     table, page = write([whole, broken], tmp_path)
     assert table["method"].tolist() == ["whole"] and [n for n, _ in table.attrs["left_out"]] == ["broken-run"]
-    text = Seen(page).text
-    assert "broken-run" in text and Path(name).name in text and "stand in no table" in text
+    said = Seen(page).text
+    assert "broken-run" in said and Path(name).name in said and "stand in no table" in said
     with pytest.raises(InputError, match="no readable runs"): report.write_report([broken], tmp_path/"none.html")
     assert not (tmp_path/"none.html").exists()
 
@@ -310,7 +327,7 @@ def test_a_run_with_a_section_of_its_own(tmp_path):
     for folders in ([run], [run, write_run(tmp_path, "net", 1.0)]):
         table, page = write(folders, tmp_path)
         seen = Seen(page)
-        assert not seen.tags & {"script", "b"} and not seen.events and f"Is it so? {BAD}" in seen.text and f"By rule {BAD}" in seen.text and "0.123" in seen.text
+        assert not seen.tags & {"script"} and not seen.events and f"Is it so? {BAD}" in seen.text and f"By rule {BAD}" in seen.text and "0.123" in seen.text
         assert len(table) == len(folders) - 1 and f"{len(folders)} run" in seen.text
         report.print_table(table)
     for wrong in ({"title": 3}, section | {"figures": ["../../etc"]}, section | {"tables": {"none": "x"}}, [1]):
@@ -342,7 +359,7 @@ def test_every_table_over_folds_has_its_section(tmp_path):
     frames = [write_folds(f, s, mark=BAD) for s, f in enumerate(folders[:3])]
     _, page = write(folders, tmp_path)
     seen = Seen(page)
-    assert not seen.tags & {"script", "b", "iframe"} and not seen.events and f"family cyst{BAD}" in seen.text
+    assert not seen.tags & {"script", "iframe"} and not seen.events and f"family cyst{BAD}" in seen.text
     assert page.count("Task folds</h3>") == 1 and page.count("Task folds, table 2</h3>") == 1
     first, second, third = (f[(f["part"] == "all") & (f["split"] == "1/2") & (f["row"] == "ensemble")]["pixel_ap"].item() for f in frames)
     assert f"{50 * (first + second):.1f} ± {100 * np.std([first, second], ddof=1):.1f}" in seen.text and f"{100 * third:.1f}" in seen.text
@@ -417,3 +434,59 @@ def test_colours_are_distinct_for_twelve_methods(tmp_path):
     group = group_of(folders)
     styles = figures.line_styles(group, [m.name for m in group.methods])
     assert len({(s["color"], str(s["linestyle"])) for s in styles.values()}) == 12
+
+
+def test_tables_beside_the_page_are_numbers_and_harmless_text(tmp_path):
+    "A method, a family and ids that a spreadsheet would run, LaTeX that would read a file: text in every format; the files have the names of the code."
+    evil = '=HYPERLINK("http://x","y")\r@SUM(1)\\input{/etc/passwd}'
+    folders = [write_run(tmp_path/"runs", evil, 1.5, seed=s, name=f"evaluate-{s}", mark="=1+", family="+cmd|x!A0") for s in (0, 1)] + [write_run(tmp_path/"runs", "base", 0.3, baseline=True, mark="=1+", family="+cmd|x!A0")]
+    table, page = write(folders, tmp_path, failed=[("../../@lost", "-2+3")], n_boot=100)
+    place = tmp_path/"report-tables"
+    assert {p.name for p in place.iterdir() if p.suffix != ".parquet"} == {"ranking.csv", "ranking.tex", "pairs.csv", "parts.csv", "trainings.csv", "thresholds.csv", "not_run.csv"} and sorted(p.name for p in tmp_path.iterdir()) == ["report-tables", "report.html", "runs"]
+    for file in place.glob("*.csv"):
+        cells = [c for row in csv.reader(io.StringIO(file.read_text(encoding="utf-8"), newline="")) for c in row]
+        assert not [c for c in cells if re.match(r"\s*[=+@\t-]", c) and not re.fullmatch(r"-?[\d.e+-]+", c)] and not any("\r" in c or "\n" in c for c in cells)
+    ranked = pd.read_csv(place/"ranking.csv")
+    assert ranked["method"].tolist() == ["'" + evil.replace("\r", " "), "base"] and ranked["voxel AP"].tolist() == pytest.approx(table["voxel AP"].tolist()) and ranked["voxel AP group"].tolist() == ["a", "b"]
+    pairs = pd.read_csv(place/"pairs.csv")
+    assert (pairs["alone"] == "better").all() and pairs["told apart at once"].all() and (pairs["low"] > 0).all()
+    tex = (place/"ranking.tex").read_text(encoding="utf-8")
+    assert r"\input" not in tex and r"\textbackslash{}input\{/etc" in tex
+    assert "report-tables/ranking.csv" in Seen(page).links and ("pyarrow is not installed" in page) != (place/"ranking.parquet").exists()
+
+
+def test_tables_that_cannot_be_written_cost_nothing_else(tmp_path):
+    (tmp_path/"report-tables").write_text("a file is in the way")
+    table, page = write([write_run(tmp_path/"runs", "net", 1.0)], tmp_path, n_boot=50)
+    assert "The tables could not be written" in page and len(table) == 1
+
+
+def test_what_did_not_run_is_named_with_its_state(tmp_path):
+    "From the list given, the folders of unfinished runs and the ledger; a page over some runs of a folder tells only of its own."
+    runs = tmp_path/"runs"
+    done = [write_run(runs, m, 1.0) for m in ("net", "other")]
+    for name, state in (("failed/vae", {"state": "oom", "message": f"9 GiB {BAD}", "seconds": 61, "attempts": 3}), (".partial-ae", {"state": "timeout", "message": "after 60 s"}), (".partial-gan", {"state": BAD})): (runs/name).mkdir(parents=True); write_json(runs/name/"state.json", state)
+    ledger = Ledger(runs)
+    for name in ("waiting", "evaluate-net-0"): ledger.queue(name, "evaluate", {})
+    _, page = write(done, tmp_path, failed=[("vae", "MemoryError"), (f"../{BAD}", "")], n_boot=50)
+    seen = Seen(page)
+    assert "2 runs, 2 failed, 1 oom, 1 timeout, 1 queued" in seen.text and "oom, after 61 s, 3 attempts" in seen.text and "after 60 s" in seen.text and "queued, its turn had not come: waiting" in seen.text
+    assert "script" not in seen.tags and "evaluate-net-0 " not in seen.text[seen.text.rindex("Not run"):]
+    _, page = write(done[:1], tmp_path, failed=[("vae", "MemoryError")], n_boot=50)                     # a sweep of its own in this folder
+    assert "1 run, 1 oom" in page and "waiting" not in page
+    (runs/"ledger.sqlite").write_bytes(b"broken" * 1000)
+    assert "1 timeout" in write(done, tmp_path, n_boot=50)[1]
+
+
+def test_numbers_are_joined_the_same_way_for_parts(tmp_path):
+    "Voxel AP and subject AUROC of a family and a site by scikit-learn on the same people."
+    folder = write_run(tmp_path, "net", 1.2)
+    group, rows = group_of([folder]), pd.read_csv(folder/"scores"/"subjects.csv")
+    found = ranking.scores(group, parts := ranking.test_parts(group), n_boot=100)["net"]
+    site = next(p for p in parts if p.of == "site" and p.name == "A")
+    here = rows[rows["site"] == "A"]
+    assert found["subject AUROC", site].value == pytest.approx(roc_auc_score(here["label"], here["score"]))
+    maps = {i: np.load(folder/"maps"/f"{k}.npy")[0] for k, i in enumerate(rows["id"])}
+    truth = {s: m for s, m, *_ in people(30)}
+    assert found["voxel AP", site].value == pytest.approx(average_precision_score(np.concatenate([truth[i].ravel() for i in here["id"]]), np.concatenate([maps[i].ravel() for i in here["id"]])), abs=2e-3)
+    assert {p.of for p in parts} == {"family", "site", "control"} and found["subject AUROC", next(p for p in parts if p.of == "control")].n == 15

@@ -47,26 +47,27 @@ def expected(tmp_path_factory):
     return next(runs.glob("evaluate-*/metrics.json")).read_bytes()
 
 
-@pytest.mark.parametrize("whom", ["the kernel", "the parent", "everything"])
+@pytest.mark.parametrize("whom", ["the run", "the warm parent", "the parent", "everything"])
 def test_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, whom, expected):
     runs = tmp_path/"killed"
     parent = start(runs)
     wait_for(lambda: epoch_of(runs) >= 3)
     family = psutil.Process(parent.pid).children(recursive=True)
-    kernels = [p for p in family if "ipykernel_launcher" in " ".join(p.cmdline())]
-    assert kernels
-    victims = {"the kernel": kernels, "the parent": [psutil.Process(parent.pid)], "everything": [psutil.Process(parent.pid), *family]}
+    (warm,) = [p for p in psutil.Process(parent.pid).children() if "serve()" in " ".join(p.cmdline())]
+    copies = warm.children()
+    assert len(copies) == 1
+    victims = {"the run": copies, "the warm parent": [warm], "the parent": [psutil.Process(parent.pid)], "everything": [psutil.Process(parent.pid), *family]}
     for process in victims[whom]: process.send_signal(signal.SIGKILL)
     said = parent.communicate(timeout=120)[1]
     assert parent.returncode != 0
     assert not list(runs.glob("evaluate-*")), "a broken folder was taken for a result"
     alive = psutil.wait_procs(family, timeout=30)[1]
     assert not alive, "children outlive their parent and would write into the folder"
-    if whom == "the kernel": assert "ae" in said and ("unfinished" in said or "failed" in said)
+    if whom in ("the run", "the warm parent"): assert "ae" in said and "killed" in said and "Start the same command again" in said
     again = start(runs)
     epochs = wait_for(lambda: epoch_of(runs))
     assert again.wait(300) == 0
-    if whom != "the kernel": assert epochs >= 3, "the second start did not go on from the checkpoint"
+    assert epochs >= 3, "the second start did not go on from the checkpoint"
     result = next(runs.glob("evaluate-*/metrics.json"))
     assert result.read_bytes() == expected
     assert not list(runs.glob(".partial-*"))

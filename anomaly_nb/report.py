@@ -212,13 +212,13 @@ def _write_tables(page, file, flats, missing):
 def write_report(folders, file, failed=(), n_boot=1000, root=None):
     """Writes the page over run folders to `file`, and tables into `<file without ending>-tables` beside it. Returns the ranking table of all groups; its `attrs["left_out"]` names runs that cannot be read.
 
-    failed: [(name, message or traceback)]; root: the runs folder, whose unfinished runs and ledger are told too (default: the parent of `folders` if these are all finished runs in it). Errors: `InputError` when no run can be read: nothing is written then."""
+    failed: [(name, message or traceback)] or [(name, message, state)]; root: the runs folder, whose unfinished runs and ledger are told too (default: the parent of `folders` if these are all finished runs in it). Errors: `InputError` when no run can be read and none is told to have failed: nothing is written then."""
     folders, parents = [Path(f) for f in folders], {Path(f).resolve().parent for f in folders}
     whole = root is not None or len(parents) == 1 and {p.parent.resolve() for p in next(iter(parents)).glob("[!.]*/metrics.json")} <= {f.resolve() for f in folders}
     results, told, own, left_out = readable(folders)
-    if not results and not own: raise InputError(file, *(("would be a report of no runs", "at least one folder made by anomaly-nb run") if not left_out else (f"would be a report of no readable runs: {left_out[0][1]}", "at least one whole run folder")))
+    if not results and not own and not failed: raise InputError(file, *(("would be a report of no runs", "at least one folder made by anomaly-nb run") if not left_out else (f"would be a report of no readable runs: {left_out[0][1]}", "at least one whole run folder")))
     root = Path(root) if root is not None else next(iter(parents)) if len(parents) == 1 else None
-    missing = not_run(failed, root, {f.name for f in folders}) if whole else [r for r in not_run(failed, root, {f.name for f in folders}) if r["name"] in {str(n) for n, _ in failed}]
+    missing = not_run(failed, root, {f.name for f in folders}) if whole else [r for r in not_run(failed, root, {f.name for f in folders}) if r["name"] in {str(n) for n, *_ in failed}]
     n, counts = len(results) + len(own), {s: sum(r["state"] == s for r in missing) for s in STATES}
     counted = ", ".join(f"{k} {s}" for s, k in counts.items() if k)
     groups, page, place = comparable(results) if results else [], Page(f"Anomaly detection: {n} run{'s' * (n != 1)}" + (f", {counted}" if counted else "")), Path(file).resolve().parent

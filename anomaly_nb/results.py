@@ -224,15 +224,15 @@ def _state_file(folder):
     return found if isinstance(found, dict) else {}
 
 def not_run(failed=(), root=None, made=()):
-    "`[{name, state, message, seconds, attempts}]` of runs without a result: those of `failed` ((name, message)), and with `root`, a runs folder, what its unfinished folders and its ledger say, but for runs that are `made` (names)."
+    "`[{name, state, message, seconds, attempts}]` of runs without a result: those of `failed` ((name, message), or (name, message, state)), and with `root`, a runs folder, what its unfinished folders and its ledger say, but for runs that are `made` (names)."
     found = {}
     def add(name, state, message="", **more):
         old = found.setdefault(str(name), {"name": str(name), "state": "failed", "message": "", "seconds": None, "attempts": None})
         old |= {"state": state if state in STATES else "failed", "message": old["message"] or str(message or "")} | {k: v for k, v in more.items() if isinstance(v, (int, float)) and k in old}
-    for name, message in failed:
+    for name, message, *said in failed:
         plain = root is not None and str(name) == Path(str(name)).name and "\0" not in str(name)
         about = (_state_file(Path(root)/"failed"/str(name)) or _state_file(Path(root)/f".partial-{name}")) if plain else {}
-        add(name, about.get("state", "failed"), message or about.get("message"), seconds=about.get("seconds"), attempts=about.get("attempts"))
+        add(name, *(said or [about.get("state", "failed")]), message or about.get("message"), seconds=about.get("seconds"), attempts=about.get("attempts"))
     if root is None: return list(found.values())
     for folder in sorted(Path(root).glob(".partial-*")):
         name, about = folder.name.removeprefix(".partial-"), _state_file(folder)

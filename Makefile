@@ -31,7 +31,7 @@ test: .venv/ready  ## export check, every notebook, pytest
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=10 --ignore=tests/test_house.py
 
 test-system: .venv/ready  ## kills, faults and a real browser
-	$(BIN)/python -m pytest tests/system --durations=10
+	$(BIN)/python -m pytest tests/system -rs --durations=10
 
 bench: .venv/ready  ## speed as ratios, side by side
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

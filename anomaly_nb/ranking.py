@@ -43,7 +43,7 @@ def verdict(difference):
 # %% ../nbs/717_ranking.ipynb #c008
 @dataclass(frozen=True)
 class Part:
-    "A part of a test set: `of` family, site, control (healthy people of site `name` against those of `other` sites) or size (of lesions, `low` < voxels <= `high`)."
+    "A part of a test set: `of` family, site, control (healthy people of site `name` against those of `other` sites) or size (`low` < lesion voxels of a subject <= `high`)."
     of: str
     name: str
     low: float = 0
@@ -55,7 +55,7 @@ class Part:
         ill = rows["label"].to_numpy() == 1
         if {"family": "family", "size": "lesion_voxels"}.get(self.of, "site") not in rows: return np.zeros((2, len(rows)), bool)       # an older run does not say
         if self.of == "family": return ill & (rows["family"] == self.name).to_numpy(), ~ill
-        if self.of == "size": return ill & (rows["lesion_voxels"].to_numpy(float) > self.low) & (rows["lesion_voxels"].to_numpy(float) <= self.high), ~ill
+        if self.of == "size": size = rows["lesion_voxels"].clip(lower=0).groupby(rows["subject"]).transform("sum").to_numpy(float); return ill & (size > self.low) & (size <= self.high), ~ill
         here = (rows["site"] == self.name).to_numpy()
         return (ill & here, ~ill & here) if self.of == "site" else (~ill & here, ~ill & ~here)
 
@@ -70,7 +70,7 @@ def test_parts(group):
     ill, places = rows[rows["label"] == 1], sorted(s for s in rows["site"].dropna().unique() if s) if "site" in rows else []
     parts = [Part("family", f) for f in sorted(ill["family"].dropna().unique())] if "family" in rows else []
     if len(places) > 1: parts += [Part("site", s) for s in places] + [Part("control", s, other=places[0] if len(places) == 2 else "the others") for s in places[len(places) == 2:]]
-    size = np.sort(ill["lesion_voxels"].to_numpy(float)) if "lesion_voxels" in rows else np.empty(0)
+    size = np.sort(ill.groupby("subject")["lesion_voxels"].sum().to_numpy(float)) if "lesion_voxels" in rows else np.empty(0)
     size = size[size > 0]
     a, b = (size[len(size) // 3 - 1], size[2 * len(size) // 3 - 1]) if len(size) > 5 else (0, 0)
     sizes = [Part("size", f"small: up to {a:,.0f} voxels", 0, a), Part("size", f"medium: up to {b:,.0f}", a, b), Part("size", f"large: more than {b:,.0f}", b)]
@@ -197,14 +197,14 @@ def scores(group, parts=(), names=None, n_boot=1000, seed=0):
         found[m.name] = _join(each, m.name)
     return found
 
-# %% ../nbs/717_ranking.ipynb #c025
+# %% ../nbs/717_ranking.ipynb #c026
 def healthy_marked(method):
     "Share of the voxels of healthy test subjects at or above the threshold, mean over subjects and trainings; None where it is not known."
     shares = []
     for r in method.runs.values():
         rows = r.rows(method.kind)
         if not {"marked_voxels", "voxels", "label"} <= set(rows.columns): return None
-        healthy = rows[rows["label"] == 0]
+        healthy = rows[rows["label"] == 0].groupby("subject")[["marked_voxels", "voxels"]].sum()
         shares.append((healthy["marked_voxels"] / healthy["voxels"]).mean())
     return float(np.mean(shares)) if shares and np.isfinite(shares).all() else None
 
@@ -221,7 +221,7 @@ def ranking(group, found):
             "parameters": m.first.metrics.get("parameters"), "seconds": cost("wall_seconds"), "MiB": cost("peak_memory_mib"), "device": str(m.first.provenance.get("device") or ""), "map": m.has_map})
     return pd.DataFrame(rows).sort_values(["voxel AP", "subject AUROC"], ascending=False, na_position="last", ignore_index=True, kind="stable")
 
-# %% ../nbs/717_ranking.ipynb #c029
+# %% ../nbs/717_ranking.ipynb #c030
 METRICS = ("voxel AP", "subject AUROC")
 
 def best_kinds(group, found, metric="voxel AP", most=None):
@@ -239,7 +239,7 @@ def best_baseline(group, names):
     "The first baseline among names in order; None without any."
     return next((n for n in names if group.method(n).baseline), None)
 
-# %% ../nbs/717_ranking.ipynb #c030
+# %% ../nbs/717_ranking.ipynb #c031
 def compare(group, found, metric="voxel AP", most=12):
     "`(names, {(a, b): Difference})` of all pairs of the `best_kinds`, best first: a's `metric` minus b's, on the same draws."
     names = best_kinds(group, found, metric, most)

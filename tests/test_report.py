@@ -221,7 +221,7 @@ def test_one_subject_decides_nothing(tmp_path, n):
     folders = [write_run(tmp_path, "net", 3.0, n=n, slices=True), write_run(tmp_path, "base", 0.1, n=n, baseline=True, slices=True)]
     table, page = write(folders, tmp_path)
     assert table["against"].tolist() == ["undecided", ""] and "every order of methods is undecided" in page
-    assert "is better than" not in page and "Undecided: fewer than 20 subjects in glioma" in page
+    assert "is better than" not in page and "One family of anomalies: glioma." in page
 
 
 def test_a_healthy_test_set_has_no_ranking_and_a_page(tmp_path):
@@ -259,7 +259,7 @@ def test_methods_stand_under_their_approach(tmp_path):
     report.write_report(folders, tmp_path/"page.html", n_boot=50)
     page = (tmp_path/"page.html").read_text()
     start = page.rindex("By approach<")
-    part = Seen(page[start:page.index("Families<", start)]).text
+    part = Seen(page[start:page.index("Sites<", start)]).text
     places = [part.index(w) for w in ("no learning", "mean", "autoencoder", "variational", "cevae", "other", "gone")]
     assert places == sorted(places) and part.index("cevae") < part.index("vae", part.index("cevae") + 5)          # the catalog's order; within an approach the better first
     alike = [write_run(tmp_path/"alike", m, 1.0, name=f"evaluate-{m}", baseline=m == "mean") for m in ("vae", "cevae", "mean")]
@@ -490,3 +490,41 @@ def test_numbers_are_joined_the_same_way_for_parts(tmp_path):
     truth = {s: m for s, m, *_ in people(30)}
     assert found["voxel AP", site].value == pytest.approx(average_precision_score(np.concatenate([truth[i].ravel() for i in here["id"]]), np.concatenate([maps[i].ravel() for i in here["id"]])), abs=2e-3)
     assert {p.of for p in parts} == {"family", "site", "control"} and found["subject AUROC", next(p for p in parts if p.of == "control")].n == 15
+
+
+def test_several_images_of_a_person_are_one_person(tmp_path):
+    "Counts, thirds by lesion size, their chance and what is marked in healthy people: all by person, as the draws are."
+    folder = write_run(tmp_path, "net", 1.2)
+    rows = pd.read_csv(folder/"scores"/"subjects.csv")
+    rows["lesion_voxels"] = [3 * (1 + n // 2 % 3) if ill else 0 for n, ill in enumerate(rows["label"])]
+    second = rows.assign(id=rows["id"] + "-2", lesion_voxels=2 * rows["lesion_voxels"], marked_voxels=0)
+    pd.concat([rows, second, rows.assign(id=rows["id"] + "-3", label=0, lesion_voxels=0, family="normal")]).to_csv(folder/"scores"/"subjects.csv", index=False)
+    group = group_of([folder])
+    parts = ranking.test_parts(group)
+    sizes = [p for p in parts if p.of == "size"]
+    table = pd.read_csv(folder/"scores"/"subjects.csv")
+    people = [set(table["subject"][p.split(table)[0]]) for p in sizes]
+    assert [len(s) for s in people] == [10, 10, 10] and len(set.union(*people)) == 30
+    used = table[table["subject"].isin(people[0]) | table["subject"].isin(rows["subject"][rows["label"] == 0])]
+    assert judgement.part_prevalence(group, sizes[0]) == pytest.approx(used["lesion_voxels"].sum() / used["voxels"].sum())
+    found = ranking.scores(group, parts, n_boot=50)["net"]
+    assert found["voxel AP", sizes[0]].n == found["subject AUROC", sizes[0]].n == 10
+    asked, share = breakdown.marked_shares(group.methods[0], n_boot=50)
+    assert ranking.healthy_marked(group.methods[0]) == pytest.approx(share.estimate)
+    _, page = write([folder], tmp_path, n_boot=50)
+    assert "60 test subjects, 30 of them anomalous; 180 cases, " in page
+
+
+def test_told_apart_at_once_is_told_apart_alone(tmp_path):
+    "The bar by its definition; a pair beyond it whose own interval holds 0 is not told apart; letters are shared if and only if a pair is not."
+    rng = np.random.default_rng(3)
+    draws = rng.normal(size=(4, 500)) * 0.02 + (values := np.array([0.5, 0.46, 0.4, 0.2]))[:, None]
+    apart, bar, errors = judgement.told_apart_at_once(values, draws)
+    i, j = np.triu_indices(4, 1)
+    d = draws[i] - draws[j]
+    assert bar == pytest.approx(np.quantile((np.abs(d - d.mean(1, keepdims=True)) / d.std(1)[:, None]).max(0), 0.95)) and errors[i, j] == pytest.approx(d.std(1))
+    assert (apart[i, j] == (np.abs(values[i] - values[j]) > bar * d.std(1))).all()
+    group = group_of([write_run(tmp_path, m, 1.0) for m in ("one", "two")])
+    far = np.r_[np.full(960, 0.1), np.full(40, -0.01)]                           # 4 % of draws below 0: the interval holds it, the bar does not
+    found = {"one": {("voxel AP", ""): ranking.Score(0.3, 0.2 + far, 30, "same")}, "two": {("voxel AP", ""): ranking.Score(0.2, np.full(1000, 0.2), 30, "same")}}
+    assert judgement.told_apart_at_once([0.3, 0.2], [0.2 + far, np.full(1000, 0.2)])[0].any() and not judgement.judge(group, found).apart.any()

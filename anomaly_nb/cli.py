@@ -22,13 +22,18 @@ def make_parser():
     demo.add_argument("--size", default="demo", help="size of the cohort: tiny, demo (default) or claims")
     demo.add_argument("--processes", type=int, default=0, help="runs side by side (default: one a core)")
     sweep = commands.add_parser("sweep", help="all runs of a YAML file; what is done is not done again")
-    sweep.add_argument("file", help="sweep file, such as sweeps/claims.yaml; or: status (what became of all runs of a folder), clean (takes away what no result needs)")
+    sweep.add_argument("file", help="sweep file, such as sweeps/claims.yaml; or: status (what became of all runs of a folder), clean (takes away what no result needs), track (enters its runs into MLflow)")
     sweep.add_argument("-p", "--parameter", action="append", default=[], nargs="+", metavar="NAME=VALUE", help="replaces what the file says about a parameter; may be repeated")
     sweep.add_argument("--processes", type=int, default=0, help="runs side by side (default: one a core)")
     sweep.add_argument("--folder", help="folder of the runs (default: the one in settings.ini)")
     sweep.add_argument("--dry-run", action="store_true", help="read and check the file, make missing data, list the runs with their state, and stop")
     sweep.add_argument("--only", action="append", default=[], nargs="+", metavar="WORD", help="only runs with a parameter such as model=vae, or whose name says so; may be repeated")
     sweep.add_argument("--retry-failed", action="store_true", help="also make again what failed, ran out of memory or out of time")
+    sweep.add_argument("--slurm", action="store_true", help="submit the runs as jobs of a SLURM cluster, and leave")
+    sweep.add_argument("--partition", default="", help="of --slurm: where to queue (default: the cluster's own)")
+    sweep.add_argument("--slurm-option", action="append", default=[], nargs="+", metavar="KEY=VALUE", help="of --slurm: an option of sbatch such as time=8:00:00, mem=16G, gres=gpu:1 or setup=\"module load cuda\"; may be repeated (default: time=4:00:00; a training that needs longer goes on in a next job)")
+    sweep.add_argument("--collect", action="store_true", help="what became of the submitted runs, their errors, and the page")
+    sweep.add_argument("--track", action="store_true", help="enter the runs of the folder into MLflow's store mlflow.db beside them, each once (default: settings.ini)")
     sweep.add_argument("--yes", action="store_true", help="of clean: remove, do not only list")
     run = commands.add_parser("run", help="execute one experiment notebook with other parameters")
     run.add_argument("experiment", help="name of a notebook in nbs/experiments, such as evaluate")
@@ -85,6 +90,7 @@ def run(args):
 def sweep(args):
     "`anomaly-nb sweep`, see `sweep_commands`."
     from anomaly_nb import sweep_commands
+    args.slurm_option = read_pairs(args.slurm_option, "--slurm-option")
     return sweep_commands.sweep(args, read_pairs(args.parameter))
 
 def demo(args):

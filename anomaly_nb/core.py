@@ -160,11 +160,12 @@ class Settings:
     start: str = "warm"    # of a run: a copy of a process that has imported everything, or a kernel
     minutes: int = 0       # wall-clock time of one run; 0: no limit
     memory: int = 0        # MiB of one run; 0: no limit
+    track: str = "no"      # no or mlflow: enter the runs of a sweep into mlflow.db beside them
     gpus: str = ""         # GPUs that runs are dealt to, such as 0,1; empty: all there are
     data: dict = field(default_factory=dict, hash=False)       # {data set: folder} of what was downloaded, section [data]
 
-_SECTIONS = {"paths": ("cohorts", "cache"), "runs": ("folder", "start", "minutes", "memory"), "compute": ("accelerator", "precision", "seed", "workers", "processes", "threads", "gpus")}
-_ALLOWED = {"accelerator": ("auto", "cpu", "gpu"), "precision": ("32-true", "bf16-mixed", "16-mixed"), "start": ("warm", "kernel")}
+_SECTIONS = {"paths": ("cohorts", "cache"), "runs": ("folder", "start", "minutes", "memory", "track"), "compute": ("accelerator", "precision", "seed", "workers", "processes", "threads", "gpus")}
+_ALLOWED = {"accelerator": ("auto", "cpu", "gpu"), "precision": ("32-true", "bf16-mixed", "16-mixed"), "start": ("warm", "kernel"), "track": ("no", "mlflow")}
 
 # %% ../nbs/000_core.ipynb #c026
 def settings_file(start=None):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIT', 'AHEAD', 'GOOD', 'DEMO_BUDGET', 'time_left', 'words_of', 'counts_of', 'execute_shown', 'summary', 'chosen',
-           'limits_of', 'run_sweep', 'write_page', 'sweep', 'demo', 'run', 'report', 'true_state', 'status_of', 'clean']
+           'limits_of', 'run_sweep', 'write_page', 'submit', 'collect', 'ask_cluster', 'sweep', 'demo', 'run', 'report',
+           'true_state', 'status_of', 'clean']
 
 # %% ../nbs/739_sweep_commands.ipynb #c003
 import fnmatch
@@ -15,8 +16,9 @@ from collections import Counter
 from pathlib import Path
 
 from .core import InputError, ParameterError, settings
-from .ledger import read_ledger
+from .ledger import ENDED, read_ledger
 from .runner import Limits, failed_runs, is_made, is_result, read_state
+from .tracking import track_shown, with_tracking
 
 # %% ../nbs/739_sweep_commands.ipynb #c005
 FIT = 20                                                       # so many runs have a line each
@@ -73,15 +75,15 @@ def execute_shown(runs, processes=0, folder=None, **options):
 _NEXT = {"killed": "Start the same command again to go on.", "queued": "Start the same command again to go on.", "elsewhere": "Start the same command again to go on.",
          "failed": "", "oom": "--retry-failed tries again, with --memory if it was given too little.", "timeout": "--retry-failed goes on where it was; --minutes gives more time."}
 
-def summary(runs, console):
-    "Names what failed and where to look, what fails alike in one line; returns the exit status."
+def summary(runs, console, advice=_NEXT):
+    "Names what failed and where to look, what fails alike in one line, with `advice` for each state; returns the exit status."
     alike = {}
     for run in runs:
         if run.status not in GOOD: alike.setdefault((run.status, run.message), []).append(run)
     for (status, message), found in alike.items():
         names = ", ".join(run.name or run.label for run in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         where = "See " + ", ".join(str(run.folder) for run in found[:2]) + (", ..." if len(found) > 2 else "") + "." if found[0].folder else ""
-        console.print(" ".join(filter(None, [f"{names}: {status}.", message and f"{message}.".replace("..", "."), where, _NEXT.get(status, "")])), markup=False, highlight=False, soft_wrap=True)
+        console.print(" ".join(filter(None, [f"{names}: {status}.", message and f"{message}.".replace("..", "."), where, advice.get(status, "")])), markup=False, highlight=False, soft_wrap=True)
     return int(bool(alike))
 
 # %% ../nbs/739_sweep_commands.ipynb #c012
@@ -107,13 +109,16 @@ def run_sweep(plan, folder=None, processes=0, only=(), retry=False, minutes=None
     from anomaly_nb.sweep import follow, prepare
     if processes < 0: raise ParameterError("--processes", f"is {processes}", "1 or more; 0: one a GPU or core")
     folder, options = Path(folder or settings().runs), dict(limits=limits_of(minutes, memory), retry=retry, sweep=plan.report)
-    plan.runs, plan.then = chosen(plan.runs, only), [] if only else plan.then
+    if only: plan.runs, plan.then, plan.parts = chosen(plan.first, only), [], []
     prepare(plan)
-    status = execute_shown(plan.runs, processes, folder, **options)
-    if plan.then: status |= execute_shown(follow(plan, folder).then, processes, folder, **options)
-    runs = [*plan.runs, *plan.then]
+    runs = plan.first
+    status = execute_shown(runs, processes, folder, **options)
+    for stage in ([part for part in plan.parts if part.then], [plan] if plan.then else []):
+        later = [run for part in stage for run in follow(part, folder).then]
+        if later: status |= execute_shown(later, processes, folder, **options)
+        runs = [*runs, *later]
     done = [run for run in runs if run.status in GOOD]
-    try: return status | write_page([run.folder for run in done], folder/f"report-{plan.report}.html", [(run.name or run.label, f"{run.status}: {run.message}".rstrip(": ")) for run in runs if run not in done])
+    try: return status | write_page([run.folder for run in done], folder/f"report-{plan.report}.html", [(run.name or run.label, run.message, "running" if run.status == "elsewhere" else run.status) for run in runs if run not in done])
     except OSError as error:                                   # a full disk must not hide what the runs came to
         print(f"the report cannot be written: {error.filename or folder}: {error.strerror}", file=sys.stderr)
         return 1
@@ -127,24 +132,65 @@ def write_page(folders, file, failed=()):
     print(f"report: {file}")
     return int(bool(table.attrs["left_out"]))
 
-# %% ../nbs/739_sweep_commands.ipynb #c014
+# %% ../nbs/739_sweep_commands.ipynb #c015
+def submit(plan, folder, args, only=()):
+    "`sweep FILE --slurm`: submits the runs that have no result, and leaves. Returns the exit status. Errors: `InputError`."
+    from rich.console import Console
+    from anomaly_nb.slurm import Cluster, slurm_options, submit_sweep
+    from anomaly_nb.sweep import prepare
+    cluster = Cluster(folder, name=plan.report)                                          # first of all: is there one?
+    cluster.options = slurm_options(args.slurm_option, args.partition, args.processes)
+    if only: plan.runs, plan.then, plan.parts = chosen(plan.first, only), [], []
+    jobs = submit_sweep(prepare(plan), cluster, limits_of(args.minutes, args.memory), args.retry_failed)
+    runs = plan.every
+    made, there = sum(run.status in GOOD for run in runs), sum(run.status == "elsewhere" for run in runs)
+    print(f"{len(jobs)} submitted{' (' + ', '.join(sorted({'job ' + j.split('_')[0] for j in jobs})) + ')' if jobs else ''}, {made} done before, {there} in the queue before")
+    print("later, or now: the same command with --collect instead of --slurm")
+    return summary([run for run in runs if run.status not in ("queued", "elsewhere")], Console(stderr=True))
+
+def collect(plan, folder, only=()):
+    "`sweep FILE --collect`: what became of the runs on the cluster, their errors, and the page over those that are there. Returns the exit status: 0 when all are. Errors: `InputError`."
+    from rich.console import Console
+    from anomaly_nb.slurm import Cluster, collect_sweep
+    collect_sweep(plan, Cluster(folder))
+    runs = chosen(plan.first, only) if only else plan.every
+    for run in runs:
+        if run.status in AHEAD: print(f"{run.name or run.label}: {run.status}{', ' + run.message if run.message else ''}")
+    print(", ".join(f"{n} {s}" for s, n in Counter(run.status for run in runs).most_common()))
+    status = summary([run for run in runs if run.status not in AHEAD], Console(stderr=True), _NEXT | dict.fromkeys(("killed", "not submitted"), "The same command with --slurm goes on.")) | int(any(run.status in AHEAD for run in runs))
+    done = [run for run in runs if run.status in GOOD]
+    if done: status |= write_page([run.folder for run in done], folder/f"report-{plan.report}.html", [(run.name or run.label, run.message or run.status) for run in runs if run.status not in (*GOOD, *AHEAD)])
+    return status
+
+def ask_cluster(folder):
+    "Brings the rows of jobs up to date; where no cluster can be asked, says so and leaves them."
+    from anomaly_nb.slurm import Cluster, agree_with_cluster
+    try: agree_with_cluster(Cluster(folder))
+    except InputError as error: print(f"jobs as they were last seen: {error}")
+
+# %% ../nbs/739_sweep_commands.ipynb #c016
 def sweep(args, parameters):
-    "`anomaly-nb sweep`: makes the runs of a file, lists them, or (`status`, `clean`) tells or tidies a folder. Returns the exit status."
+    "`anomaly-nb sweep`: makes the runs of a file, lists them, submits or collects them, or (`status`, `clean`, `track`) tells, tidies or tracks a folder. Returns the exit status."
     from anomaly_nb.sweep import follow, prepare, read_sweep, state_of
     folder = Path(args.folder).resolve() if args.folder else settings().runs
     if args.file == "status": return status_of(folder)
     if args.file == "clean": return clean(folder, args.yes)
+    if args.file == "track": return track_shown(folder)
+    wanted = args.track or settings().track == "mlflow"
     plan = read_sweep(args.file, parameters)
     repeated = f", {plan.repeated} more said twice and dropped" if plan.repeated else ""
-    after = f", then {len(plan.then)} over their folders" if plan.then else ""
-    print(f"{plan.file}: {len(plan.runs)} run{'s'*(len(plan.runs) != 1)}{repeated}{after}", flush=True)
+    after = f", then {later} over their folders" if (later := len(plan.every) - len(plan.first)) else ""
+    print(f"{plan.file}: {len(plan.first)} run{'s'*(len(plan.first) != 1)}{repeated}{after}", flush=True)
     only = [word for group in args.only for word in group]
-    if not args.dry_run: return run_sweep(plan, folder, args.processes, only, args.retry_failed, args.minutes, args.memory)
-    plan.runs = chosen(plan.runs, only)
+    if args.collect: return with_tracking(wanted, folder, lambda: collect(plan, folder, only))
+    if args.slurm and not args.dry_run: return submit(plan, folder, args, only)
+    if not args.dry_run: return with_tracking(wanted, folder, lambda: run_sweep(plan, folder, args.processes, only, args.retry_failed, args.minutes, args.memory))
+    if only: plan.runs, plan.then, plan.parts = chosen(plan.first, only), [], []
     prepare(plan)
-    if all(state_of(one, folder) == "done" for one in plan.runs): follow(plan, folder)
-    for one in (*plan.runs, *plan.then): print(f"{state_of(one, folder):<15}{one.name or one.label:<38}  {one.message or (one.folder_name if one.key else '')}".rstrip())
-    return int(any(one.status == "failed" for one in (*plan.runs, *plan.then)))
+    for part in (*plan.parts, plan):
+        if part.then and all(state_of(one, folder) == "done" for one in part.first): follow(part, folder)
+    for one in plan.every: print(f"{state_of(one, folder):<15}{one.name or one.label:<38}  {one.message or (one.folder_name if one.key else '')}".rstrip())
+    return int(any(one.status == "failed" for one in plan.every))
 
 DEMO_BUDGET = {"tiny": 10.0, "demo": 120.0, "claims": 600.0}   # seconds of training for each model that is trained
 
@@ -156,9 +202,9 @@ def demo(args):
     budget = DEMO_BUDGET[choose(args.size, list(DEMO_BUDGET), "--size")]
     plan = read_sweep(experiments_folder().parents[1]/"sweeps"/"demo.yaml", {"size": args.size, "max_seconds": budget})
     plan.report = args.size
-    return run_sweep(plan, processes=args.processes)
+    return with_tracking(settings().track == "mlflow", settings().runs, lambda: run_sweep(plan, processes=args.processes))
 
-# %% ../nbs/739_sweep_commands.ipynb #c015
+# %% ../nbs/739_sweep_commands.ipynb #c017
 def run(args, parameters):
     "`anomaly-nb run`: executes one experiment, or lists its parameters. Returns the exit status."
     from anomaly_nb.parameters import check_parameters, data_hash, experiment_path, read_parameters
@@ -181,31 +227,35 @@ def report(args):
     if not done: raise InputError(folder, "holds no finished run", "folders with a metrics.json, made by anomaly-nb run, sweep or demo")
     return write_page(done, Path(args.output or folder/"report.html"), failed_runs(folder))
 
-# %% ../nbs/739_sweep_commands.ipynb #c017
+# %% ../nbs/739_sweep_commands.ipynb #c019
 def true_state(folder, row):
     "The state of a row of the ledger, as the folder has it."
     if is_result(folder/row["name"]): return "done"
     if is_made(folder, row["name"]): return "running"
     if row["state"] == "done": return "gone"
+    if row["job"]: return row["state"]                        # on another machine: the cluster was asked
     return "killed" if row["state"] == "running" else row["state"]
 
 def status_of(folder):
     "Prints what is known of all runs of a folder, the last ones last. Returns 1 if one has no result, else 0."
+    if any(r["job"] and r["state"] not in ENDED for r in read_ledger(folder)): ask_cluster(folder)
     rows = [(true_state(folder, r), r) for r in read_ledger(folder)]
     if not rows: print(f"{folder}: no ledger of runs"); return 0
     for state, r in rows:
         took = f"{r['seconds']:.0f} s" if r["seconds"] is not None else ""
-        print(f"{state:<9}{took:>8}  {r['attempts']:>2}x  {r['sweep']:<12}{r['name']}{'  ' + r['message'] if r['message'] else ''}")
+        print(f"{state:<9}{took:>8}  {r['attempts']:>2}x  {r['sweep']:<12}{'job ' + r['job'] + '  ' if r['job'] else ''}{r['name']}{'  ' + r['message'] if r['message'] else ''}")
     states = Counter(state for state, _ in rows)
     print(", ".join(f"{n} {s}" for s, n in states.most_common()))
     return int(set(states) != {"done"})
 
 def clean(folder, yes=False):
-    "Lists (and with `yes` removes) what no result needs: folders of runs that failed or were begun, if nobody is making them, locks, and broken ledgers. Returns 0."
+    "Lists (and with `yes` removes) what no result needs: folders of runs that failed or were begun, if nobody is making them, locks, what jobs of a cluster left, and broken ledgers. Returns 0."
     useless = [*sorted((folder/"failed").glob("*")), *(p for p in sorted(folder.glob(".partial-*")) if not is_made(folder, p.name.removeprefix(".partial-")))]
+    waiting = {r["job"].split("_")[0] for r in read_ledger(folder) if r["state"] not in ENDED}
+    useless += [p for p in sorted((folder/".slurm").glob("[0-9]*")) if p.name.split("_")[0].split(".")[0] not in waiting]           # of jobs that ended
     useless += [p for p in sorted((folder/".locks").glob("*.lock")) if not is_made(folder, p.stem)] + sorted(folder.glob("ledger.sqlite.broken-*"))
     for path in useless:
-        if path.suffix != ".lock": print(f"{'removed' if yes else 'would remove'} {path.relative_to(folder)}" + (f"  ({read_state(path)['state']})" if path.is_dir() else ""))
+        if path.parent.name not in (".locks", ".slurm"): print(f"{'removed' if yes else 'would remove'} {path.relative_to(folder)}" + (f"  ({read_state(path)['state']})" if path.is_dir() else ""))
         if yes: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if not yes and useless: print("--yes removes them")
     return 0

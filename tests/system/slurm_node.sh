@@ -8,15 +8,14 @@ do=${1:?start or stop}; mkdir -p "${2:?a folder}"; folder=$(cd "$2" && pwd)
 export SLURM_CONF=$folder/slurm.conf
 
 stop() {
-    for name in slurmd slurmctld munged; do
-        [ -s "$folder/$name.pid" ] && kill "$(cat "$folder/$name.pid")" 2>/dev/null || true
+    local name pids=""
+    for name in slurmd slurmctld munged; do pids="$pids $(cat "$folder/$name.pid" 2>/dev/null || true)"; done
+    for pid in $pids; do kill "$pid" 2>/dev/null || true; done
+    for pid in $pids; do
+        for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep .1; done
+        kill -9 "$pid" 2>/dev/null || true
     done
-    for name in slurmd slurmctld munged; do
-        [ -s "$folder/$name.pid" ] || continue
-        for _ in $(seq 50); do kill -0 "$(cat "$folder/$name.pid")" 2>/dev/null || break; sleep .1; done
-        kill -9 "$(cat "$folder/$name.pid")" 2>/dev/null || true
-        rm -f "$folder/$name.pid"
-    done
+    rm -f "$folder"/*.pid
 }
 
 port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
@@ -35,7 +34,7 @@ SlurmdPort=$(port)
 SlurmUser=$me
 SlurmdUser=$me
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge.socket,cred_expire=4
+AuthInfo=socket=$folder/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool

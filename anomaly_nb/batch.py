@@ -43,6 +43,7 @@ class Batch:
         self.runs, self.folder, self.retry, self.sweep, self.stop = list(runs), Path(folder or now.runs), retry, sweep, threading.Event()
         self.ledger, self.limits, self.gpus = Ledger(self.folder), limits or Limits(now.minutes, now.memory), queue.SimpleQueue()
         for name in gpu_slots(now): self.gpus.put(name)
+        self.gpu_count = self.gpus.qsize()
         self.starter = Starter(self._modules, worker_environment()) if now.start == "warm" else None
 
     def _modules(self):
@@ -61,21 +62,29 @@ class Batch:
         if self.starter: self.starter.close()
 
     def make(self, run, tell, since=None):
-        "Makes one run unless its result is there, and notes in the ledger what became of it. Errors: `BusyError` (another process makes it), `InputError`."
+        "Makes one run unless its result is there, and notes in the ledger what became of it; a ledger that cannot be written by now costs the note, not the run. Errors: `BusyError` (another process makes it), `InputError`."
         named, beaten = run.folder_name if run.key else "", []
         def begin(run):
             if named and run.folder_name != named: self.ledger.forget(named)                     # the code was changed since: another run
             self._claim(run)
             beaten.append(time.monotonic())
         def alive(state):
-            if time.monotonic() - beaten[-1] > BEAT: self.ledger.beat(run.folder_name); beaten.append(time.monotonic())
+            if time.monotonic() - beaten[-1] > BEAT:
+                beaten.append(time.monotonic())
+                with contextlib.suppress(InputError): self.ledger.beat(run.folder_name)
             tell(state)
-        gpu = None if self.gpus.empty() else self.gpus.get()
+        gpu = self.gpus.get() if self.gpu_count else None
         try: execute(run, self.folder, alive, self.stop, since, self.starter, self.limits, self.retry, gpu, begin)
+        except Exception as error:                                                              # a disk that is full, a fault of ours: its folder stays, and so must not its row as running
+            with contextlib.suppress(InputError):
+                if beaten: self.ledger.end(run.folder_name, "killed", f"{type(error).__name__}: {error}")
+            raise
         finally:
             if gpu is not None: self.gpus.put(gpu)
-        if beaten: self.ledger.end(run.folder_name, run.status, run.message, round(run.seconds, 1), round(run.memory))
-        else: self.ledger.agree(run.folder_name, run.experiment, run.parameters, "done" if run.status == "cached" else run.status, run.message)
+        try:
+            if beaten: self.ledger.end(run.folder_name, run.status, run.message, round(run.seconds, 1), round(run.memory))
+            else: self.ledger.agree(run.folder_name, run.experiment, run.parameters, "done" if run.status == "cached" else run.status, run.message)
+        except InputError as error: run.message = run.message or str(error)                     # the folder says how it ended
 
     def _claim(self, run):
         "Takes the row of a run whose lock we hold. Errors: `BusyError` if a worker on another machine gives signs of life."
@@ -83,17 +92,18 @@ class Batch:
         self.ledger.queue(name, run.experiment, run.parameters, self.sweep)
         if self.ledger.claim(name): return
         row = next(r for r in self.ledger.rows() if r["name"] == name)
-        beat = row["beat"] if row["host"] == socket.gethostname() else stands_still(self.ledger, name, PATIENCE, time.sleep)
-        if beat is None or not self.ledger.claim(name, beat): raise BusyError(name, f"is being made on {row['host']}", "one process a run; wait for it")
+        beat = row["beat"] if row["host"] == socket.gethostname() else stands_still(self.ledger, name, PATIENCE, self.stop.wait)
+        if self.stop.is_set() or beat is None or not self.ledger.claim(name, beat): raise BusyError(name, f"is being made on {row['host']}", "one process a run; wait for it")
 
 # %% ../nbs/731_batch.ipynb #c010
 def execute_all(runs, folder=None, processes=None, show=None, limits=None, retry=False, sweep=""):
-    """Executes the queued ones of `Run`s side by side (`processes`, default: settings, one a GPU or a core) and returns all. One that fails never ends the others. `show(run, state)` is called when something changes.
+    """Executes the queued ones of `Run`s side by side (`processes`, default: settings, one a GPU or a core; never more than GPUs) and returns all. One that fails never ends the others. `show(run, state)` is called when something changes.
 
     limits, retry, sweep (a name for the ledger): see `Batch`. Errors: `InputError` for a folder or ledger that cannot be written."""
     began = time.time()
     with Batch(runs, folder, limits, retry, sweep) as batch:
-        width = processes or settings().processes or batch.gpus.qsize() or os.cpu_count() or 1
+        width = processes or settings().processes or batch.gpu_count or os.cpu_count() or 1
+        if batch.gpu_count: width = min(width, batch.gpu_count)
         def one(run, since=None):
             if batch.stop.is_set(): return
             run.status = "running" if since is None else "elsewhere"
@@ -110,7 +120,7 @@ def execute_all(runs, folder=None, processes=None, show=None, limits=None, retry
             try:
                 for later in (False, True):
                     for future in [pool.submit(one, run, began if later else None) for run in runs if run.status == ("elsewhere" if later else "queued")]: future.result()
-            except KeyboardInterrupt:
+            except BaseException:      # Ctrl-C, or the end of the whole program: nobody waits for these runs any more
                 batch.stop.set()
                 raise
     return list(runs)

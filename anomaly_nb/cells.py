@@ -70,6 +70,11 @@ class _Publisher(DisplayPublisher):
     def clear_output(self, wait=False): self.shell.said.clear()
 
 # %% ../nbs/727_cells.ipynb #c010
+def _png(figure):
+    "A matplotlib figure as PNG."
+    from IPython.core.pylabtools import print_figure
+    return print_figure(figure, fmt="png")
+
 class CellShell(InteractiveShell):
     "IPython in this process; `run(code)` -> (outputs of the cell in the format of notebooks, whether it raised). Figures are shown as PNG, history is not kept, `input()` is refused."
     displayhook_class, display_pub_class = _Hook, _Publisher
@@ -81,9 +86,7 @@ class CellShell(InteractiveShell):
         super().__init__(config=config, **kwargs)
         self.display_formatter.active = True
         InteractiveShell._instance = CellShell._instance = self         # `get_ipython()`, `display`
-        if "matplotlib" in sys.modules:                                 # else there is no figure to show, and no reason to import it
-            from IPython.core.pylabtools import select_figure_formats
-            select_figure_formats(self, {"png"})
+        self.display_formatter.formatters["image/png"].for_type_by_name("matplotlib.figure", "Figure", _png)       # by name: matplotlib is not imported for it
 
     def _showtraceback(self, etype, evalue, stb): self.said.append({"output_type": "error", "ename": str(etype.__name__), "evalue": str(evalue), "traceback": [str(line) for line in stb]})
     def enable_gui(self, gui=None): pass

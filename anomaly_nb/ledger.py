@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sqlite3
+import time
 from pathlib import Path
 
 from .core import InputError, choose
@@ -50,12 +51,30 @@ class LedgerFile:
         db = sqlite3.connect(self.file, timeout=30)
         try:
             db.row_factory = sqlite3.Row
-            db.execute("PRAGMA journal_mode=WAL"); db.execute("PRAGMA synchronous=NORMAL")
+            self._to_wal(db)
             with db: yield db
         finally: db.close()
 
+    def _to_wal(self, db):
+        "WAL mode. A file that two processes begin at the same moment is refused to one of them without waiting, so it waits here."
+        for last in [*[False]*50, True]:
+            try: db.execute("PRAGMA journal_mode=WAL"); break
+            except sqlite3.OperationalError as error:
+                if last or "locked" not in str(error): raise
+                time.sleep(0.05)
+        db.execute("PRAGMA synchronous=NORMAL")
+
     def _put_aside(self):
-        "Renames a broken file and begins a new one."
+        "Renames a broken file and begins a new one; one process at a time, and only if no other has done so by now."
+        from filelock import FileLock
+        (self.file.parent/".locks").mkdir(exist_ok=True)
+        with FileLock(self.file.parent/".locks"/f"{NAME}.lock", thread_local=False):
+            with contextlib.suppress(sqlite3.DatabaseError):
+                with self._open() as db: db.execute(_TABLE)
+                return
+            self._replace()
+
+    def _replace(self):
         broken = next(p for n in range(1000) if not (p := self.file.with_name(f"{NAME}.broken-{n}")).exists())
         for end in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError): os.replace(f"{self.file}{end}", f"{broken}{end}")

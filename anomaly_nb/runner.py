@@ -7,6 +7,7 @@ __all__ = ['LOG', 'Run', 'worker_environment', 'Limits', 'memory_of', 'BusyError
            'earlier', 'is_made', 'reason', 'failed_runs']
 
 # %% ../nbs/730_runner.ipynb #c003
+import contextlib
 import json
 import os
 import shutil
@@ -60,7 +61,7 @@ def _child(job_file, folder, starter=None, gpu=None):
     with open(folder/"worker.log", "ab") as log: return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 # %% ../nbs/730_runner.ipynb #c010
-LOG = 32_000_000        # bytes of worker.log that are kept: the last ones
+LOG = 32_000_000        # bytes; a worker.log that has grown larger begins anew
 
 @dataclass(frozen=True)
 class Limits:
@@ -96,7 +97,7 @@ def _acquire(lock, stop, wait):
     "Takes the lock of a run; with `wait`, as soon as the other process lets go (the system does it for one that died)."
     from filelock import Timeout
     while True:
-        try: return lock.acquire(timeout=0.5 if wait else 0)
+        try: return lock.acquire(timeout=0.5 if wait else 0.2)     # not 0: somebody who only asks (`is_made`) holds it for a moment
         except Timeout:
             if not wait or (stop and stop.is_set()): raise BusyError(Path(lock.lock_file).stem, "is being made by another process", "one process a run; wait for it") from None
 
@@ -114,7 +115,9 @@ def execute(run, folder=None, on_progress=None, stop=None, since=None, starter=N
     try: (root/".locks").mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InputError(root, f"cannot be written ({error.strerror})", "a folder for runs; see [runs] folder in settings.ini") from None
     lock = FileLock(root/".locks"/f"{final.name}.lock")
+    asked = time.monotonic()
     _acquire(lock, stop, since is not None)
+    started += time.monotonic() - asked                           # to wait for another process is not this run's time
     try:
         before = earlier(root, final.name)
         if is_result(final): run.status, run.folder = "cached", final
@@ -157,14 +160,15 @@ def is_made(root, name):
 # %% ../nbs/730_runner.ipynb #c014
 def _execute_in(run, notebook, values, key, partial, final, on_progress=None, stop=None, starter=None, limits=Limits(), gpu=None):
     "Runs the child in `partial` and files the folder by its exit status."
-    began, over = time.monotonic(), None
+    over = None
     attempts = 1 + max(read_state(p)["attempts"]*p.is_dir() for p in (partial, final.parent/"failed"/final.name))
     partial.mkdir(exist_ok=True)
-    (partial/"state.json").unlink(missing_ok=True)
+    for name in ("state.json", "traceback.txt"): (partial/name).unlink(missing_ok=True)
     write_json(partial/"params.json", {"experiment": run.experiment, "key": key, "parameters": {k: v for k, v in values.items() if k != "out"}})
     job = {"notebook": str(notebook), "output": str(partial/"notebook.ipynb"), "folder": str(partial), "parameters": absolute(values) | ({"out": str(partial)} if "out" in values else {})}
     write_json(partial/"job.json", job)
     child = _child(partial/"job.json", partial, starter, gpu)
+    began = time.monotonic()                                      # from here: the first run of a sweep need not pay for the warm parent's imports
     try:
         while child.poll() is None and not (stop and stop.is_set()) and not (over := _over(run, limits, began, partial, child.pid)):
             if on_progress: on_progress(_last_state(partial))
@@ -179,7 +183,11 @@ def _last_state(partial):
     except (OSError, ValueError): return {}
 
 def _end(child):
-    "Ends a child that still runs, first asked, then killed, and whatever it left behind in its group."
+    "Ends a child that still runs, first asked, then killed, and whatever it leaves behind: its group, and what had left that (a kernel has a group of its own)."
+    import psutil
+    family = []
+    if child.poll() is None:
+        with contextlib.suppress(psutil.Error): family = psutil.Process(child.pid).children(recursive=True)
     for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
         if child.poll() is not None: break
         try: os.killpg(child.pid, number)
@@ -188,6 +196,8 @@ def _end(child):
         except subprocess.TimeoutExpired: pass
     try: os.killpg(child.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError): pass
+    for process in family:
+        with contextlib.suppress(psutil.Error): process.kill()
 
 # %% ../nbs/730_runner.ipynb #c015
 def _file_away(run, code, partial, final, ended=None, seconds=0.0, attempts=1):
@@ -201,10 +211,13 @@ def _file_away(run, code, partial, final, ended=None, seconds=0.0, attempts=1):
         shutil.rmtree(failed, ignore_errors=True)   # an earlier attempt
         run.status, run.folder, run.message = "done", final, ""
         return
+    if ended: code = None                                         # we ended it: whatever it made of that (Lightning answers SIGTERM with an exception) is not its own failure
     if code == 0: (partial/"traceback.txt").write_text("after the last cell\nthe notebook ended without writing metrics.json\n", encoding="utf-8")
     if code in (0, 3):
         run.status, run.message = "oom" if _out_of_memory(partial) else "failed", reason(partial)
-    elif ended: run.status, run.message = ended
+    elif ended:
+        run.status, run.message = ended
+        (partial/"traceback.txt").unlink(missing_ok=True)
     else:
         tail = (partial/"worker.log").read_text(errors="replace").strip().splitlines()[-1:] if (partial/"worker.log").is_file() else []
         run.status, run.message = "killed", f"ended by signal {-code}" if code < 0 else f"exit status {code}: {' '.join(tail)}"

@@ -39,7 +39,7 @@ def unfit():
 def import_all(names):
     "Imports modules; one that cannot be imported is left out, the run that needs it will say why."
     for name in names:
-        with contextlib.suppress(Exception): importlib.import_module(name)
+        with contextlib.suppress(Exception, SystemExit): importlib.import_module(name)
 
 # %% ../nbs/729_warm.ipynb #c007
 def _lines(buffer):
@@ -53,7 +53,7 @@ def _lines(buffer):
 
 def serve():
     "The warm parent: reads requests until its input ends."
-    answers, buffer, children = os.fdopen(os.dup(1), "w", buffering=1), bytearray(), {}
+    answers, buffer, children, me = os.fdopen(os.dup(1), "w", buffering=1), bytearray(), {}, os.getpid()
     os.dup2(2, 1)                                                                # what an import prints is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)                                 # Ctrl-C is for the one who started us
     wake, poke = os.pipe()
@@ -67,34 +67,39 @@ def serve():
             gone, status = os.waitpid(pid, os.WNOHANG)
             if gone: say(ended=children.pop(pid), code=os.waitstatus_to_exitcode(status))
         if 0 not in ready: continue
-        if (requests := _lines(buffer)) is None: return
+        if (requests := _lines(buffer)) is None: break
         for request in requests:
             if "modules" in request:
                 import_all(request["modules"])
                 gc.collect(); gc.freeze()                                        # the copies' garbage collector need not walk through (and copy) all of it
                 say(unfit=unfit()); continue
             if why := unfit(): say(refused=request["job"], why=why); continue
-            if (pid := os.fork()) == 0: _become(request, answers, (wake, poke))
+            if (pid := os.fork()) == 0: _become(request, answers, (wake, poke), me)
             with contextlib.suppress(OSError): os.setpgid(pid, pid)              # here too: whoever hears the number may use it at once
             children[pid] = request["job"]
             say(started=request["job"], pid=pid)
+    atexit._run_exitfuncs()
+    os._exit(0)                                                                  # taking all imports to pieces, object by object, would take a second
 
 # %% ../nbs/729_warm.ipynb #c009
-def _become(request, answers, pipes):
-    "Turns a copy of the warm parent into the process of one job, executes it and ends."
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.setpgid(0, 0)                                                             # a group of its own, to be ended with all that it starts
-    answers.close()
-    log, null = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), os.open(os.devnull, os.O_RDONLY)
-    for old, new in ((null, 0), (log, 1), (log, 2)): os.dup2(old, new)
-    for end in (*pipes, log, null): os.close(end)
-    os.environ.clear(); os.environ.update(request["env"])
-    fresh_states(int(request["env"].get("OMP_NUM_THREADS", 1)))
-    code = execute_job(request["job"], os.getppid(), "cells")
-    atexit._run_exitfuncs()                                                      # temporary folders, log files
-    sys.stdout.flush(); sys.stderr.flush()
-    os._exit(code)                                                               # taking all imports to pieces, object by object, would take a second and copy every page
+def _become(request, answers, pipes, parent):
+    "Turns a copy of the warm parent (whose number is `parent`) into the process of one job, executes it and ends; never returns."
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setpgid(0, 0)                                                         # a group of its own, to be ended with all that it starts
+        log, null = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), os.open(os.devnull, os.O_RDONLY)
+        for old, new in ((null, 0), (log, 1), (log, 2)): os.dup2(old, new)
+        for end in (*pipes, log, null): os.close(end)
+        answers.close()
+        os.environ.clear(); os.environ.update(request["env"])
+        fresh_states(int(request["env"].get("OMP_NUM_THREADS", 1)))
+        code = execute_job(request["job"], parent, "cells")
+        atexit._run_exitfuncs()                                                  # temporary folders, log files
+        sys.stdout.flush(); sys.stderr.flush()
+    except BaseException: traceback.print_exc()                                  # a fault of ours goes into the log; a copy must never go on as a second parent
+    finally: os._exit(code)                                                      # without taking the imports to pieces: that would copy every page
 
 def fresh_states(threads=1):
     "New random states for numpy and torch (Python renews its own after a fork), and so many threads."
@@ -114,6 +119,7 @@ def execute_job(job_file, parent, engine=None):
     import papermill
     if engine: import anomaly_nb.cells                 # registers it
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    alone = _alone_in(job["folder"])                   # until this process ends
     try:
         papermill.execute_notebook(job["notebook"], job["output"], parameters=job["parameters"], kernel_name="python3", language="python", engine_name=engine, cwd=job["folder"], progress_bar=False, log_output=False)
         return 0
@@ -122,8 +128,20 @@ def execute_job(job_file, parent, engine=None):
     with contextlib.suppress(OSError): Path(job["folder"], "traceback.txt").write_text(said, encoding="utf-8")
     return 3
 
+def _alone_in(folder, patience=10):
+    "Holds a folder as long as this process lives. One that still writes there (its parent was killed, it has not noticed) is waited for, `patience` seconds at most. Nothing where the system cannot hold a folder."
+    held = None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+        held = os.open(folder, os.O_RDONLY)
+        for _ in range(10*patience):
+            try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError: time.sleep(0.1)
+            else: break
+    return held
+
 def _end_with_parent(parent):
-    "Ends this process group, a kernel included, when the process that started it is gone."
+    "Ends this process group when the process that started it is gone. (A kernel looks for its own parent.)"
     while os.getppid() == parent: time.sleep(0.5)
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
@@ -142,48 +160,59 @@ class WarmChild:
 class WarmParent:
     "A process that has imported `modules`, and starts copies of itself. env: its environment."
     def __init__(self, modules, env):
-        self.stamp, self.children, self.unfit, self.ready = code_stamp(), {}, None, threading.Event()
+        self.stamp, self.children, self.unfit, self.ready, self.gone, self.lock = code_stamp(), {}, None, threading.Event(), False, threading.Lock()
         one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")}                # pools of threads are not inherited
         self.process = subprocess.Popen([sys.executable, "-c", "from anomaly_nb.warm import serve; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env | one, start_new_session=True)
         threading.Thread(target=self._listen, daemon=True).start()
-        self._ask(modules=list(modules))
+        with contextlib.suppress(OSError): self._ask(modules=list(modules))                               # it is gone already: `_listen` says so
 
     def _ask(self, **request):
-        self.process.stdin.write(json.dumps(request).encode() + b"\n"); self.process.stdin.flush()
+        with self.lock: self.process.stdin.write(json.dumps(request).encode() + b"\n"); self.process.stdin.flush()
 
     def _listen(self):
         "Passes on what the parent tells; when it is gone, so are its copies."
-        for line in self.process.stdout:
-            about = json.loads(line)
-            if "unfit" in about: self.unfit = about["unfit"]; self.ready.set(); continue
-            child = self.children[about.get("started") or about.get("ended") or about["refused"]]
-            if "started" in about: child.tell(pid=about["pid"])
-            elif "ended" in about: child.tell(returncode=about["code"])
-            else: child.tell(refused=about["why"], returncode=1)
+        with self.process.stdout as told:
+            for line in told:
+                about = json.loads(line)
+                if "unfit" in about: self.unfit = about["unfit"]; self.ready.set(); continue
+                child = self.children[about.get("started") or about.get("ended") or about["refused"]]
+                if "started" in about: child.tell(pid=about["pid"])
+                elif "ended" in about: child.tell(returncode=about["code"])
+                else: child.tell(refused=about["why"], returncode=1)
+        self.process.wait()                                                      # whoever is told now must find it ended, not ending
+        with self.lock: self.gone, left = True, list(self.children.values())     # from here on `start` refuses by itself
         self.unfit = self.unfit or "it ended"
-        for child in self.children.values():
+        for child in left:
             if child.returncode is None: child.tell(returncode=-signal.SIGKILL, refused="" if child.pid else "the warm parent ended")
         self.ready.set()
 
-    def start(self, job_file, folder, env):
-        "A `WarmChild` that executes a job, or None if the parent must not be copied (`unfit` says why)."
-        self.ready.wait()
-        child = self.children[str(job_file)] = WarmChild()
-        try: self._ask(job=str(job_file), log=str(Path(folder)/"worker.log"), env=env)
-        except (OSError, ValueError): child.tell(refused="the warm parent ended")
+    def start(self, job_file, folder, env, patience=300):
+        "A `WarmChild` that executes a job, or None if the parent must not be copied (`unfit` says why) or did not get through its imports in `patience` seconds."
+        if not self.ready.wait(patience): self.unfit = f"its imports took longer than {patience:g} seconds"; return None
+        child = WarmChild()
+        with self.lock:
+            self.children[str(job_file)] = child
+            if self.gone: child.refused = "the warm parent ended"
+        try:
+            if not child.refused: self._ask(job=str(job_file), log=str(Path(folder)/"worker.log"), env=env)
+        except (OSError, ValueError): child.tell(refused="the warm parent ended"); self.process.wait()
         with child.changed: child.changed.wait_for(lambda: child.pid or child.refused)
         self.unfit = self.unfit or child.refused
         return None if child.refused else child
 
     def close(self):
-        "Ends the parent. Copies that still run end as well."
+        "Ends the parent, one that is still importing too. Copies that still run end as well."
         with contextlib.suppress(OSError): self.process.stdin.close()
-        self.process.wait()
+        try: self.process.wait(5)
+        except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
 
 def code_stamp():
     "What tells whether the library's code was changed on disk: {file: (time, size)}."
     root = Path(__file__).parent if "__file__" in globals() else Path(importlib.import_module("anomaly_nb").__file__).parent
-    return {str(p): (s.st_mtime_ns, s.st_size) for p in root.rglob("*.py") if (s := p.stat())}
+    found = {}
+    for p in root.rglob("*.py"):
+        with contextlib.suppress(OSError): found[str(p)] = ((s := p.stat()).st_mtime_ns, s.st_size)       # an editor that saves removes a file for a moment
+    return found
 
 # %% ../nbs/729_warm.ipynb #c015
 class Starter:
@@ -195,7 +224,10 @@ class Starter:
         "A `WarmChild`, or None where there is no warm start."
         if self.why: return None
         with self.lock:
-            if not self.parents or self.parents[-1].stamp != code_stamp() or self.parents[-1].process.poll() is not None: self.parents.append(WarmParent(self.modules() if callable(self.modules) else self.modules, self.env))
+            if not self.parents or self.parents[-1].stamp != code_stamp() or self.parents[-1].process.poll() is not None:
+                for old in self.parents:
+                    if all(child.returncode is not None for child in list(old.children.values())): old.close()      # 300 MB that nobody needs any more
+                self.parents.append(WarmParent(self.modules() if callable(self.modules) else self.modules, self.env))
             parent = self.parents[-1]
         if child := parent.start(job_file, folder, env): return child
         if parent.process.poll() is None: self.why = parent.unfit                # it lives and must not be copied; one that died gets a successor with the next run

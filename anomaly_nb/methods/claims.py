@@ -56,12 +56,12 @@ CLAIMS = (
     Claim(_MANY, "Is an ensemble over task folds better than its folds are on average (pixel AP, learning from one task)?", "paper_differences", {"minuend": "1/4 ensemble", "subtrahend": "1/4 mean", "metric": "pixel_ap"}, names=("minuend", "subtrahend"), sweep="chest_folds.yaml"),
     Claim(_MANY, "Do single networks gain from more training tasks (X-ray, pixel AP, mean of folds)?", "paper_differences", {"minuend": "4/1 mean|1/4 mean", "subtrahend": "1/4 mean|4/1 mean", "metric": "pixel_ap"}, names=("minuend", "subtrahend"), sweep="chest_folds.yaml"),
     Claim(_SPINE, "Few annotated people (10): do localisation and segmentation as auxiliary tasks help (AUROC)?", "spine_differences", {"ingredient": "tasks", "a": "localisation.segmentation", "subjects": "10", "metric": "auroc"}, sweep="spine_few.yaml"),
-    Claim(_SPINE, "Enough annotated people (100): do they still?", "spine_differences", {"ingredient": "tasks", "a": "localisation.segmentation", "subjects": "100", "metric": "auroc", "with": "labels truth"}, sweep="spine.yaml"),
+    Claim(_SPINE, "Enough annotated people (100): do localisation and segmentation still help (AUROC)?", "spine_differences", {"ingredient": "tasks", "a": "localisation.segmentation", "subjects": "100", "metric": "auroc", "with": "labels truth"}, sweep="spine.yaml"),
     Claim(_SPINE, "Does a constraint on the attribution make the network look at its vertebra (share of the attribution inside)?", "spine_differences", {"ingredient": "constraint", "a": "swap.*", "subjects": "100", "metric": "energy"}, sweep="spine.yaml"),
-    Claim(_SPINE, "Does the penalty on the gradient, as published, mend a classifier that learned a shortcut (AUROC)?", "spine_differences", {"ingredient": "constraint", "a": "gradient.*", "subjects": "100", "metric": "auroc"}, sweep="spine.yaml"),
-    Claim(_SPINE, "Does the swap constraint?", "spine_differences", {"ingredient": "constraint", "a": "swap 0.3", "subjects": "100", "metric": "auroc", "with": ".*shortcut.*"}, sweep="spine.yaml"),
+    Claim(_SPINE, "Does the penalty on the gradient, as published, mend a classifier that learned a shortcut (AUROC)?", "spine_differences", {"ingredient": "constraint", "a": "gradient.*", "subjects": "100", "metric": "auroc", "with": ".*shortcut.*"}, sweep="spine.yaml"),
+    Claim(_SPINE, "Does the swap constraint mend a classifier that learned a shortcut (AUROC)?", "spine_differences", {"ingredient": "constraint", "a": "swap 0.3", "subjects": "100", "metric": "auroc", "with": ".*shortcut.*"}, sweep="spine.yaml"),
     Claim(_SPINE, "Disagreeing raters: is the share of votes a better label than the majority (50 people, AUROC)?", "spine_differences", {"ingredient": "labels", "a": "soft", "b": "majority", "subjects": "50", "metric": "auroc"}, sweep="spine.yaml"),
-    Claim(_SPINE, "And Dawid and Skene's estimate of the raters?", "spine_differences", {"ingredient": "labels", "a": "dawid-skene", "b": "majority", "subjects": "50", "metric": "auroc"}, sweep="spine.yaml"),
+    Claim(_SPINE, "Disagreeing raters: is Dawid and Skene's estimate a better label than the majority (50 people, AUROC)?", "spine_differences", {"ingredient": "labels", "a": "dawid-skene", "b": "majority", "subjects": "50", "metric": "auroc"}, sweep="spine.yaml"),
 )
 
 # %% ../../nbs/methods/696_claims.ipynb #c009
@@ -108,12 +108,12 @@ def read_tables(folders, names):
     return found
 
 def judge(folders, claims=CLAIMS):
-    "(verdicts, measurements) of claims, from the tables in run folders: DataFrames with source, question, verdict, measured (how many), difference, low, high (of the one measurement, or the range), sweep; and run, a, b, difference, low, high, verdict for each. Errors: `DataError`."
+    "(verdicts, measurements) of claims, from the tables in run folders: DataFrames with source, question, verdict, measured (how many), difference, low, high (of the measurement that speaks least for the claim), sweep; and run, a, b, difference, low, high, verdict for each. Errors: `DataError`."
     tables, lines, all_rows = read_tables(folders, {c.table for c in claims}), [], []
     for number, claim in enumerate(claims, start=1):
         rows = answers_of(claim, tables[claim.table])
         verdict = joint([r["verdict"] for r in rows])
-        worst = min(rows, key=lambda r: claim.sign*r["difference"]) if rows else {"difference": math.nan, "low": math.nan, "high": math.nan}
+        worst = min(rows, key=lambda r: claim.sign*r["difference"] if math.isfinite(r["difference"]) else math.inf) if rows else {"difference": math.nan, "low": math.nan, "high": math.nan}
         lines.append({"claim": number, "source": claim.source, "question": claim.question, "verdict": verdict, "measured": len(rows), **{k: worst[k] for k in ("difference", "low", "high")}, "sweep": claim.sweep})
         all_rows += [{"claim": number, "question": claim.question} | r for r in rows]
     return pd.DataFrame(lines), pd.DataFrame(all_rows, columns=["claim", "question", "run", "a", "b", "difference", "low", "high", "verdict"])
@@ -126,9 +126,8 @@ def draw_claims(verdicts, measured, claims=CLAIMS):
     import textwrap
     shown = verdicts[verdicts["measured"] > 0]
     if not len(shown): return None
-    rows = [(line, r) for _, line in shown.iterrows() for _, r in measured[measured["claim"] == line["claim"]].iterrows()]
     sign = {n: c.sign for n, c in enumerate(claims, start=1)}
-    fig, ax = plt.subplots(figsize=(10, .9 + .3*len(rows) + .2*len(shown)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(10, .9 + .3*len(measured) + .2*len(shown)), layout="constrained")
     y, ticks, labels = 0.0, [], []
     for number, line in ((l["claim"], l) for _, l in shown.iterrows()):
         mine = measured[measured["claim"] == number]
@@ -142,8 +141,8 @@ def draw_claims(verdicts, measured, claims=CLAIMS):
         ticks.append((top + y - 1)/2); labels.append(textwrap.fill(line["question"], 62))
         ax.axhline(y - .25, color="#dddddd", lw=.8)
         y += .5
-    ax.axvspan(0, 1, color="#0072B2", alpha=.06, lw=0); ax.axvline(0, color="black", lw=.8)
-    span = max(abs(measured[["low", "high"]].to_numpy()).max(), .05)*1.1
+    ax.axvspan(0, 100, color="#0072B2", alpha=.06, lw=0); ax.axvline(0, color="black", lw=.8)
+    span = 1.1*max([.05, *(abs(v) for v in measured[["low", "high", "difference"]].to_numpy().ravel() if math.isfinite(v))])
     ax.set(ylim=(y - .5, -.7), xlim=(-span, span), xlabel="difference in the claimed direction (AP, AUROC, ...), 95 % over people and trainings", yticks=ticks)
     ax.set_yticklabels(labels, fontsize=8); ax.tick_params(axis="y", length=0)
     handles = [plt.Line2D([], [], color=c, marker=m, label=name) for name, (c, m) in LOOKS.items()]

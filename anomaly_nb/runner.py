@@ -163,7 +163,7 @@ def _execute_in(run, notebook, values, key, partial, final, on_progress=None, st
     over = None
     attempts = 1 + max(read_state(p)["attempts"]*p.is_dir() for p in (partial, final.parent/"failed"/final.name))
     partial.mkdir(exist_ok=True)
-    for name in ("state.json", "traceback.txt"): (partial/name).unlink(missing_ok=True)
+    for name in ("state.json", "traceback.txt", "progress.json"): (partial/name).unlink(missing_ok=True)
     write_json(partial/"params.json", {"experiment": run.experiment, "key": key, "parameters": {k: v for k, v in values.items() if k != "out"}})
     job = {"notebook": str(notebook), "output": str(partial/"notebook.ipynb"), "folder": str(partial), "parameters": absolute(values) | ({"out": str(partial)} if "out" in values else {})}
     write_json(partial/"job.json", job)

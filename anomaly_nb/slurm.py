@@ -242,8 +242,6 @@ def _submit(runs, plan, cluster, limits, after=None):
 def submit_sweep(plan, cluster, limits=Limits(), retry=False):
     "Submits the runs of a prepared `sweep.Sweep` that have no result; each run's status and message say what became of it (queued: its job; elsewhere: the job that makes it already). Returns the new job ids. Errors: `InputError`."
     (cluster.root/JOBS).mkdir(parents=True, exist_ok=True)
-    same = {stable_hash([run.experiment, run.parameters]): run for run in plan.first}                  # one that two included files ask for is one
-    for part in plan.parts: part.runs = [same[stable_hash([run.experiment, run.parameters])] for run in part.runs]
     making = {row["name"]: row["job"] for row in agree_with_cluster(cluster) if row["state"] not in ENDED}
     new = _submit([run for run in plan.first if not _settled(run, plan, cluster, making, retry)], plan, cluster, limits)
     for part in (part for part in (*plan.parts, plan) if part.then):

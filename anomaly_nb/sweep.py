@@ -85,9 +85,7 @@ class Sweep:
     @property
     def first(self):
         "The runs that wait for no other: its own, and those of the sweeps that it includes; each once."
-        found = {}
-        for run in (*(run for part in self.parts for run in part.runs), *self.runs): found.setdefault((run.experiment, stable_hash(run.parameters)), run)
-        return list(found.values())
+        return list({id(run): run for run in (*(run for part in self.parts for run in part.runs), *self.runs)}.values())
 
     @property
     def every(self): return [*self.first, *(run for part in self.parts for run in part.then), *self.then]
@@ -184,7 +182,9 @@ def read_sweep(file, given=None):
     then = _then(file, content, given)
     for name in given:
         if not any(name in run.parameters for run in (*then, *(run for part in parts for run in part.every))): choose(name, list(known), f"parameter of {content.get('experiment', 'evaluate')}")
-    return Sweep(Path(file), runs, repeated, report, then, parts)
+    one = {}                                                                  # what several files ask for is one run
+    for part in parts: part.runs = [one.setdefault(stable_hash([run.experiment, run.parameters]), run) for run in part.runs]
+    return Sweep(Path(file), [one.setdefault(stable_hash([run.experiment, run.parameters]), run) for run in runs], repeated, report, then, parts)
 
 def _included(file, content, given):
     "The sweeps of `include`: file names beside this file. Of `given` each takes what its notebooks know. Errors: `InputError` for a file that is missing, or includes others itself."

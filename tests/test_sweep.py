@@ -122,7 +122,7 @@ def test_included_sweeps_keep_their_second_parts_and_the_last_gets_all(two_parts
     file(tmp_path, "experiment: works\ngrid: {n: [2, 3]}", "two.yaml")
     path = file(tmp_path, "include: [one.yaml, two.yaml]\nthen: {experiment: sums, fixed: {k: 2}}", "all.yaml")
     plan, runs = sweep.prepare(sweep.read_sweep(path)), tmp_path/"runs"
-    assert len(plan.first) == 3 and len(plan.every) == 5                                          # n=2 stands in both files and is one run
+    assert len(plan.first) == 3 and len(plan.every) == 5 and plan.parts[0].runs[1] is plan.parts[1].runs[0] and all(r.key for r in plan.first)      # n=2 stands in both files and is one run
     batch.execute_all(plan.first, runs, processes=2)
     batch.execute_all(sweep.follow(plan.parts[0], runs).then, runs)
     assert len(plan.parts[0].then[0].parameters["inputs"].split(",")) == 2

@@ -38,11 +38,11 @@ _DIFF = "Wolleb 2022; Wargnier-Dauchelle 2023; the project that joins them"
 _SPINE = "the project on multitask learning with uncertain annotations"
 
 CLAIMS = (
-    Claim(_LATENT, "Does a one-class SVM on latent vectors, one for each place, find subtle lesions better than the network's residual?", "latent_differences", {"part": "all", "a": "ocsvm-location", "b": "residual.*"}, sweep="latent.yaml"),
-    Claim(_LATENT, "Does the local outlier factor, one for each place, find them better than the residual?", "latent_differences", {"part": "all", "a": "lof-location", "b": "residual.*"}, sweep="latent.yaml"),
-    Claim(_LATENT, "Is a detector for each place better than one for all places?", "latent_differences", {"part": "all", "a": "(ocsvm|lof|mixture)-location", "b": "(ocsvm|lof|mixture)(-global)?"}, sweep="latent.yaml"),
-    Claim(_LATENT, "Is the local outlier factor better than the one-class SVM, place by place?", "latent_differences", {"part": "all", "a": "lof-location", "b": "ocsvm-location"}, sweep="latent.yaml"),
-    Claim(_LATENT, "Does the latent detector find more than the mean image, without training?", "latent_differences", {"part": "all", "a": "(ocsvm|lof)-location", "b": "deviation.*|mean.*"}, sweep="latent.yaml"),
+    Claim(_LATENT, "Does a one-class SVM on latent vectors, one for each place, find subtle lesions better than the network's residual?", "latent_differences", {"part": "all", "a": "ocsvm-location-(raw|calibrated)", "b": "residual"}, sweep="latent.yaml"),
+    Claim(_LATENT, "Does the local outlier factor, one for each place, find them better than the residual?", "latent_differences", {"part": "all", "a": "lof-location-(raw|calibrated)", "b": "residual"}, sweep="latent.yaml"),
+    Claim(_LATENT, "Is a detector for each place better than one for all places?", "latent_differences", {"part": "all", "a": "(ocsvm|lof|mixture)-location-(raw|calibrated)", "b": "ocsvm|lof|mixture"}, sweep="latent.yaml"),
+    Claim(_LATENT, "Is the local outlier factor better than the one-class SVM, place by place?", "latent_differences", {"part": "all", "a": "lof-location-(raw|calibrated)", "b": "ocsvm-location-(raw|calibrated)"}, sweep="latent.yaml"),
+    Claim(_LATENT, "Does the latent detector find more than the mean image, without training?", "latent_differences", {"part": "all", "a": "(ocsvm|lof)-location-(raw|calibrated)", "b": "zmap"}, sweep="latent.yaml"),
     Claim(_DIFF, "Does guidance towards healthy matter (against the same model without)?", "diffusion_differences", {"part": "all", "a": "(plain-)?guided", "b": "unguided"}, sweep="diffusion.yaml"),
     Claim(_DIFF, "Is translation by guided diffusion better than a VAE's residual?", "diffusion_differences", {"part": "all", "a": "(plain-)?guided", "b": "vae"}, sweep="diffusion.yaml"),
     Claim(_DIFF, "Does the attribution constraint make the translation better?", "diffusion_differences", {"part": "all", "a": "guided", "b": "plain-guided"}, sweep="diffusion.yaml"),

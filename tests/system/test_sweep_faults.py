@@ -34,13 +34,13 @@ ENDS = {"fine": "done", "raises": "failed", "killed": "killed", "endless": "time
 @pytest.mark.parametrize("how", ["warm", "kernel"])
 def test_every_fault_has_a_state_and_costs_no_other(tmp_path, how):
     home = project(tmp_path/"p", SWEEP, toy=[FAULTS])
-    words = ["mine.yaml", "--processes", "2", "--minutes", "0.15", "--memory", "900"]
+    words = ["mine.yaml", "--processes", "2", "--minutes", "0.3", "--memory", "900"]
     done = call(home, "sweep", *words, ANOMALY_NB_RUNS_START=how)
     expected = ENDS | ({"killed": "failed"} if how == "kernel" else {})             # papermill sees its kernel die, and raises
     assert done.returncode == 1 and states(home) == expected, done.stderr
     for what in ("raises", "killed", "endless", "greedy", "asks"): assert f"{what}: {expected[what]}." in done.stderr or f", {what}" in done.stderr, done.stderr
     page = (home/"runs"/"report-mine.html").read_text()
-    assert all(f"toy {w} 1" in page for w in ("fine", "loud", "forks", "leaves")) and "ZeroDivisionError" in page and "longer than 0.15 minutes" in page and "MiB of memory" in page
+    assert all(f"toy {w} 1" in page for w in ("fine", "loud", "forks", "leaves")) and "ZeroDivisionError" in page and "longer than 0.3 minutes" in page and "MiB of memory" in page
     loud = next(p.parent for p in (home/"runs").glob("toy-*/section.json") if "loud" in p.read_text())
     assert sum(f.stat().st_size for f in loud.rglob("*") if f.is_file()) < (5e6 if how == "warm" else 300e6)
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "1234"]], "a run left a process behind"

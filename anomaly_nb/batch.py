@@ -12,6 +12,7 @@ import queue
 import socket
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,7 +60,9 @@ class Batch:
         return self
 
     def __exit__(self, *_):
-        if self.starter: self.starter.close()
+        if self.starter:
+            self.starter.close()
+            if self.starter.why: warnings.warn(f"each run got a kernel of its own, which takes seconds longer: {self.starter.why}", stacklevel=3)
 
     def make(self, run, tell, since=None):
         "Makes one run unless its result is there, and notes in the ledger what became of it; a ledger that cannot be written by now costs the note, not the run. Errors: `BusyError` (another process makes it), `InputError`."

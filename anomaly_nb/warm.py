@@ -161,7 +161,7 @@ class WarmParent:
     "A process that has imported `modules`, and starts copies of itself. env: its environment."
     def __init__(self, modules, env):
         self.stamp, self.children, self.unfit, self.ready, self.gone, self.lock = code_stamp(), {}, None, threading.Event(), False, threading.Lock()
-        one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")}                # pools of threads are not inherited
+        one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")} | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}      # pools of threads are not inherited; pyarrow, which pandas imports where it is installed, starts one to tidy up memory
         self.process = subprocess.Popen([sys.executable, "-c", "from anomaly_nb.warm import serve; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env | one, start_new_session=True)
         threading.Thread(target=self._listen, daemon=True).start()
         with contextlib.suppress(OSError): self._ask(modules=list(modules))                               # it is gone already: `_listen` says so

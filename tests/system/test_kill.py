@@ -16,8 +16,13 @@ BIN = Path(sys.executable).parent/"anomaly-nb"
 RUN = ["run", "evaluate", "-p", "model=ae", "-p", "epochs=12", "-p", "batch_size=4"]
 
 
+def hears_ctrl_c():
+    "For a child: a shell that starts the tests in the background has Ctrl-C ignored, and children inherit that."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(runs):
-    return subprocess.Popen([BIN, *RUN], cwd=ROOT, env=os.environ | {"ANOMALY_NB_RUNS_FOLDER": str(runs)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([BIN, *RUN], cwd=ROOT, env=os.environ | {"ANOMALY_NB_RUNS_FOLDER": str(runs)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
 
 
 def wait_for(condition, seconds=120):

@@ -91,15 +91,15 @@ def test_forty_runs_killed_twice_end_as_if_left_alone(tmp_path):
 
 
 def test_the_warm_parent_is_killed(tmp_path):
-    home = project(tmp_path/"p", FORTY, toy=[SLOW])
-    parent = start(home, "--processes", "2", MADE=tmp_path/"made")
-    wait_for(lambda: len(results(home)) >= 5)
+    home = project(tmp_path/"p", FORTY.replace("seeds: 4", "seeds: 1"), toy=[SLOW.replace("sleep(.1)", "sleep(1)")])
+    parent, made = start(home, "--processes", "2", MADE=tmp_path/"made"), tmp_path/"made"
+    wait_for(lambda: made.exists() and len(made.read_text().split()) >= 5)            # a run that has a second to go
     (warm,) = [p for p in psutil.Process(parent.pid).children() if "serve()" in " ".join(p.cmdline())]
     warm.send_signal(signal.SIGKILL)
     out, err = parent.communicate(timeout=120)
-    assert parent.returncode == 1 and "Start the same command again" in err           # the two that it took along; all others have a new parent
-    assert 38 <= len(results(home)) < 40
-    assert call(home, "sweep", "mine.yaml", MADE=tmp_path/"made").returncode == 0 and len(results(home)) == 40
+    assert parent.returncode == 1 and "Start the same command again" in err           # the one or two that it took along; all others have a new parent
+    assert 8 <= len(results(home)) < 10
+    assert call(home, "sweep", "mine.yaml", MADE=made).returncode == 0 and len(results(home)) == 10
 
 
 def test_two_sweeps_at_once_make_each_run_once(tmp_path):
@@ -179,3 +179,13 @@ def test_nothing_worked_and_the_page_says_so(tmp_path):
     home = project(tmp_path/"p", "experiment: toy\nruns: [{what: raises}]", toy=[FAULTS])
     done = call(home, "sweep", "mine.yaml")
     assert done.returncode == 1 and "ZeroDivisionError" in (home/"runs"/"report-mine.html").read_text()
+
+
+def test_an_import_that_starts_a_thread(tmp_path):
+    "No copy of such a process: each run has a kernel, and somebody is told why it takes longer."
+    home = project(tmp_path/"p", "experiment: toy\ngrid: {n: [1, 2]}", toy=["import computes", WRITE])
+    (tmp_path/"site").mkdir()
+    (tmp_path/"site"/"computes.py").write_text("import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n")
+    done = call(home, "sweep", "mine.yaml", PYTHONPATH=tmp_path/"site")
+    assert done.returncode == 0 and len(results(home)) == 2, done.stderr
+    assert "a kernel of its own" in done.stderr and "an import started 1 thread" in done.stderr, done.stderr

@@ -6,7 +6,7 @@ import subprocess
 import psutil
 
 from house import ROOT
-from test_kill import BIN, epoch_of, wait_for
+from test_kill import BIN, epoch_of, hears_ctrl_c, wait_for
 
 SWEEP = """
 fixed: {size: tiny, batch_size: 4}
@@ -20,7 +20,7 @@ GOOD = {"random", "intensity", "ae"}
 
 
 def start(folder):
-    return subprocess.Popen([BIN, "sweep", "mine.yaml", "--folder", "runs", "--processes", "2"], cwd=folder, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([BIN, "sweep", "mine.yaml", "--folder", "runs", "--processes", "2"], cwd=folder, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
 
 
 def finished(folder):

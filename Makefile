@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE =
 WORKERS ?= 2
 SIZE ?= demo
 
-.PHONY: help demo test test-system bench lab docs outputs export gpu-check clean
+.PHONY: help demo test test-system bench lab docs outputs checkpoints export gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ export: .venv/ready  ## notebooks -> library, and README from the index
 
 outputs: export  ## execute the chapters and store their outputs
 	$(BIN)/python tests/outputs.py store
+
+checkpoints: export  ## train again the small networks that notebooks load (nbs/checkpoints)
+	$(BIN)/python tests/outputs.py checkpoints
 
 docs: .venv/ready  ## the notebooks as web pages, in _docs/
 	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb nbs/data/*.ipynb nbs/tasks/*.ipynb nbs/models/*.ipynb nbs/detectors/*.ipynb nbs/metrics/*.ipynb nbs/methods/*.ipynb nbs/tutorials/*.ipynb

@@ -162,10 +162,11 @@ class Settings:
     memory: int = 0        # MiB of one run; 0: no limit
     track: str = "no"      # no or mlflow: enter the runs of a sweep into mlflow.db beside them
     gpus: str = ""         # GPUs that runs are dealt to, such as 0,1; empty: all there are
+    checkpoints: str = "load"      # trained networks that lie beside the notebooks: load, train (ignore them), make (write them)
     data: dict = field(default_factory=dict, hash=False)       # {data set: folder} of what was downloaded, section [data]
 
-_SECTIONS = {"paths": ("cohorts", "cache"), "runs": ("folder", "start", "minutes", "memory", "track"), "compute": ("accelerator", "precision", "seed", "workers", "processes", "threads", "gpus")}
-_ALLOWED = {"accelerator": ("auto", "cpu", "gpu"), "precision": ("32-true", "bf16-mixed", "16-mixed"), "start": ("warm", "kernel"), "track": ("no", "mlflow")}
+_SECTIONS = {"paths": ("cohorts", "cache"), "runs": ("folder", "start", "minutes", "memory", "track"), "compute": ("accelerator", "precision", "seed", "workers", "processes", "threads", "gpus", "checkpoints")}
+_ALLOWED = {"accelerator": ("auto", "cpu", "gpu"), "precision": ("32-true", "bf16-mixed", "16-mixed"), "start": ("warm", "kernel"), "track": ("no", "mlflow"), "checkpoints": ("load", "train", "make")}
 
 # %% ../nbs/000_core.ipynb #c026
 def settings_file(start=None):

@@ -51,7 +51,7 @@ def read_set(dataset, size, contrast, options, pools, path=""):
 
 def load_records(dataset, size, contrast, options="", model=None, path=""):
     "Records of a data set of the catalog, `{pool: [Record]}`: the usual pools and those that `model` needs. `contrast` may join several with `+` (channels; '': the reader's own); `path`: where a person's own data lie (default: `[data]` of settings.ini). Errors: `ParameterError`, `DataError`."
-    needs = catalog.MODELS[choose(model, list(catalog.MODELS), "model")].needs if model else ()
+    needs = catalog.MODELS[model].needs if model else ()
     return read_set(dataset, size, contrast, options, (*POOLS, *(p for p in needs if p not in POOLS)), path)
 
 # %% ../nbs/710_experiment.ipynb #c007
@@ -100,8 +100,8 @@ def make_data(records, dims=2, batch_size=16, seed=0, task=None, min_foreground=
 
 # %% ../nbs/710_experiment.ipynb #c011
 def make_model(name, data, options="", **given):
-    "The model `name` of the catalog, with the channels, dimensions and image size of `data`. Options as text, see `catalog.parse_options`. Errors: `ParameterError`, `PoolError`."
-    entry = catalog.MODELS[choose(name, list(catalog.MODELS), "model")]
+    "The model `name` of the catalog, or `module:Class` of your own, with the channels, dimensions and image size of `data`. Options as text, see `catalog.parse_options`. Errors: `ParameterError`, `PoolError`."
+    entry = catalog.MODELS[name]
     if data.spatial_dims not in entry.dims: raise ParameterError("dims", f"is {data.spatial_dims}, model {name!r} works in {entry.dims}", f"one of {entry.dims}")
     data.require(entry.needs, f"model {name!r}")
     return catalog.build(catalog.MODELS, name, "model", options, channels=data.channels, spatial_dims=data.spatial_dims, shape=data.shape, **given)
@@ -125,7 +125,7 @@ def build_task(name, options="", outside="torso", size="tiny", dims=2):
 
 def make_task(model, task="", options="", outside="torso", size="tiny", dims=2):
     "The task `task` of the catalog, or the one that the model `model` needs; None when neither names one. Errors: `ParameterError`."
-    name = task or catalog.MODELS[choose(model, list(catalog.MODELS), "model")].task
+    name = task or catalog.MODELS[model].task
     if not name and options: raise ParameterError("task_options", f"is {options!r}, model {model!r} learns without a task", "options only beside a task")
     return build_task(name, options, outside, size, dims) if name else None
 

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCOPES', 'DATA', 'experiments_folder', 'experiment_path', 'code_cells', 'Parameter', 'read_parameters', 'convert',
-           'check_value', 'check_parameters', 'imported_modules', 'absolute', 'data_hash', 'run_key', 'modules_needed']
+           'check_value', 'check_parameters', 'imported_modules', 'own_modules', 'absolute', 'data_hash', 'run_key',
+           'modules_needed']
 
 # %% ../nbs/725_parameters.ipynb #c003
 import ast
 import functools
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -85,7 +88,8 @@ def check_value(known, name, value, what="parameter"):
     "One parameter, typed; the name of a component, a scope or a path must be there. `known`: what `read_parameters` found. Errors: `ParameterError` with the nearest name."
     choose(name, list(known), what)
     value = convert(known[name], value)
-    if value and name in catalog.TABLES:
+    if value and name == "model": catalog.MODELS[value]
+    elif value and name in catalog.TABLES:
         for part in value.split("+") if name == "detector" else [value]: choose(part, list(catalog.TABLES[name]), name)
     lists = {"scope": SCOPES, "select": list(catalog.TASKS), "tasks": list(catalog.TASKS)}
     if value and name in lists:
@@ -98,7 +102,7 @@ def check_value(known, name, value, what="parameter"):
 # %% ../nbs/725_parameters.ipynb #c014
 def _components(values):
     "`{what: name}` of the single components that the parameters name; a model brings its own task along."
-    own = getattr(catalog.MODELS.get(values.get("model")), "task", "") or ""
+    own = catalog.MODELS[values["model"]].task if values.get("model") else ""
     named = {what: values.get(what) or (own if what == "task" else "") for what in catalog.TABLES if what != "detector"}
     return {what: name for what, name in named.items() if name}
 
@@ -116,7 +120,7 @@ def check_parameters(notebook, given):
         from anomaly_nb.methods.postprocess import read_steps              # scipy: only where it is asked for
         read_steps(values["postprocess"])
     if "detector" in values: catalog.check_detectors(values["detector"], values.get("detector_options", ""))
-    entry = catalog.MODELS.get(values.get("model"))
+    entry = catalog.MODELS[values["model"]] if values.get("model") else None
     if entry and values.get("dims", entry.dims[0]) not in entry.dims: raise ParameterError("dims", f"is {values['dims']}, model {values['model']!r} works in {entry.dims}", f"one of {entry.dims}")
     return values
 
@@ -140,19 +144,39 @@ def _imports(source, module=""):
         if isinstance(n, ast.ImportFrom):
             base = ".".join([*(module.split(".")[:-n.level] if n.level else []), *([n.module] if n.module else [])])
             names |= {base} | {f"{base}.{a.name}" for a in n.names}
-    return sorted(n for n in names if n.startswith("anomaly_nb."))
+    return sorted(names)
 
 # %% ../nbs/725_parameters.ipynb #c018
-def imported_modules(source, module="", seen=None):
-    "Modules of this library that `source` (the code of `module`, or of a notebook) imports, at any level and through other modules: `{name: normalised source}`."
-    seen, root = {} if seen is None else seen, Path(sys.modules["anomaly_nb"].__file__).parent
-    for name in _imports(source, module):
-        file = root.joinpath(*name.split(".")[1:]).with_suffix(".py")
-        if name not in seen and file.is_file():
+def imported_modules(source, module="", seen=None, own=None):
+    "Modules of this library that `source` (the code of `module`, or of a notebook) imports, at any level and through other modules: `{name: normalised source}`. `own`: of which folder and package (\"\": any) modules count as well."
+    seen = {} if seen is None else seen
+    for name in dict.fromkeys(part for n in _imports(source, module) for part in itertools.accumulate(n.split("."), "{}.{}".format)):      # a package runs before its modules
+        file = _file_of(name, own) if name not in seen else None
+        if file:
             text = file.read_text(encoding="utf-8")
             seen[name] = _without_docstrings(text)
-            imported_modules(text, name, seen)
+            imported_modules(text, f"{name}.__init__" if file.stem == "__init__" else name, seen, own)
     return seen
+
+def _file_of(name, own=None):
+    "The file of a module of this library, or of one of `own` (folder, package); None for any other."
+    first, *rest = name.split(".")
+    if first == "anomaly_nb": files = [Path(sys.modules["anomaly_nb"].__file__).parent.joinpath(*rest).with_suffix(".py")]
+    else: files = [Path(own[0], *name.split("."), "__init__.py"), Path(own[0], *name.split(".")).with_suffix(".py")] if own and own[1] in ("", first) else []
+    return next((f for f in files if f.is_file()), None)
+
+# %% ../nbs/725_parameters.ipynb #c018b
+def own_modules(parameters):
+    "Modules of your own that a text of the parameters names as `module:Class`, and what they import from the same folder (installed ones: the same package): `{name: normalised source}`. None of them is imported."
+    found, beside = {}, catalog.own_folder()
+    for module in sorted({m[1] for v in parameters.values() if isinstance(v, str) for m in catalog.OWN.finditer(v)}):
+        package = module.partition(".")[0]
+        try: spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError): continue
+        places = [*(spec.submodule_search_locations or ())] if spec else []
+        folder = Path(places[0]).parent if places else Path(spec.origin).parent if spec and spec.has_location else None
+        if folder: imported_modules(f"import {module}", seen=found, own=(folder, "" if folder == beside else package))
+    return found
 
 # %% ../nbs/725_parameters.ipynb #c021
 DATA = ("dataset", "size", "contrast", "data_options", "path")   # the parameters that say which data
@@ -187,7 +211,7 @@ def run_key(notebook, parameters, data=None):
     from anomaly_nb.experiment import device_class
     entries = _entries(notebook, parameters)
     source = "\n".join(text for text, _ in code_cells(notebook)) + "".join(f"\nimport {e.target.split(':')[0]}" for e in entries)
-    modules = {name: code for name, code in imported_modules(source).items() if name != "anomaly_nb.catalog"}
+    modules = {name: code for name, code in (imported_modules(source) | own_modules(parameters)).items() if name != "anomaly_nb.catalog"}
     real = sorted([name, str(place), place.exists()] for name, place in settings().data.items()) if parameters.get("data") == "real" else []    # an experiment that reads them itself
     now, constraints = settings(), Path(sys.modules["anomaly_nb"].__file__).resolve().parents[1]/"constraints.txt"
     return stable_hash({
@@ -208,5 +232,6 @@ def _others(source):
 def modules_needed(notebook, parameters):
     "Names of the modules that a run with these parameters imports sooner or later, and what executes it, sorted. Nothing is imported here."
     source = "\n".join(text for text, _ in code_cells(notebook)) + "".join(f"\nimport {e.target.split(':')[0]}" for e in _entries(notebook, parameters))
-    own = imported_modules(source)
-    return sorted({"papermill", "anomaly_nb.cells", *own, *_others(source)}.union(*map(_others, own.values())))
+    found = imported_modules(source) | own_modules(parameters)
+    yours = {name for name in found if name.partition(".")[0] != "anomaly_nb"}              # these are imported in the run: they may be edited while a sweep goes on
+    return sorted({"papermill", "anomaly_nb.cells", *found, *_others(source)}.union(*map(_others, found.values())) - yours)

@@ -216,6 +216,8 @@ def readme_from_index(root, write=False):
         command = [sys.executable, "-m", "nbconvert", "--to", "markdown", str(root/"nbs"/"index.ipynb"), "--output", "README", "--output-dir", place, "--TagRemovePreprocessor.remove_input_tags=hide_input"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode: return [f"nbconvert failed: {done.stderr.strip().splitlines()[-1:]}"]
+        page = Path(place)/"README.md"      # its links start one folder higher
+        page.write_text(re.sub(r"\]\((?!https?:|#|README_files)(?:\.\./([^)\s]+)|([^)\s]+))\)", lambda m: f"]({m[1] or 'nbs/' + m[2]})", page.read_text(encoding="utf-8")), encoding="utf-8")
         made = {p.relative_to(place): p.read_bytes() for p in sorted(Path(place).rglob("*")) if p.is_file()}
     if write:
         shutil.rmtree(root/"README_files", ignore_errors=True)
@@ -225,4 +227,49 @@ def readme_from_index(root, write=False):
     return [f"{n}: differs from nbs/index.ipynb, run make export" for n, content in made.items() if not (root/n).is_file() or (root/n).read_bytes() != content]
 
 
-RULES = [floors, light_imports, one_notebook_a_module, no_orphan_module, library_is_fresh, parameters_tags, experiments_define_nothing, sizes, unique_names, opening, outputs_fresh, outputs_without_paths, readme_from_index]
+def checkpoint_users(root):
+    "{name of a trained network: the notebook that loads it}."
+    return {name: path for path in notebooks(root) if default_exp(path) != "models.checkpoints" for text in code(path) for name in re.findall(r"load_or_train\(\s*[\"']([\w-]+)[\"']", text)}
+
+
+def checkpoints_used(root):
+    "Every trained network beside the notebooks is loaded by one, is listed with its origin, and together they stay below 10 MB."
+    folder = root/"nbs"/"checkpoints"
+    files, users = {p.stem: p for p in folder.glob("*.safetensors")}, checkpoint_users(root)
+    told = (folder/"README.md").read_text(encoding="utf-8") if (folder/"README.md").is_file() else ""
+    problems = [f"checkpoints/{n}: no notebook loads it" for n in files if n not in users] + [f"{p.name}: loads checkpoints/{n}, which is not there: make checkpoints" for n, p in users.items() if n not in files]
+    problems += [f"checkpoints/{n}: README.md does not name it: make checkpoints" for n in files if f"| {n} |" not in told]
+    if (size := sum(p.stat().st_size for p in files.values())) > 10e6: problems.append(f"checkpoints: {size/1e6:.1f} MB, 10 at most")
+    return problems
+
+
+def is_chapter(path):
+    return path.name != "index.ipynb" and not is_experiment(path)
+
+
+def opens_and_closes(root):
+    "A chapter says what you will be able to do, what you need and what it takes; it closes with what goes wrong, three to five questions with as many folded answers, and where to go next."
+    problems = []
+    for path in filter(is_chapter, notebooks(root)):
+        texts = [source(c) for c in cells(path) if c["cell_type"] == "markdown"]
+        first, whole = "\n".join(texts[:3]), "\n\n".join(texts)
+        missing = [w for w in ("**You will be able to**", "**You need**", "**It takes**") if w not in first] + [w for w in ("## What goes wrong", "**Questions**", "<summary>Answers</summary>") if w not in whole]
+        if not re.search(r"\*\*Next:\*\* [^\n]*\]\([^)\n]+\)", texts[-1]): missing.append("**Next:** with a link")
+        if missing: problems.append(f"{path.name}: without {', '.join(missing)}")
+        else:
+            asked, answered = whole.rpartition("**Questions**")[2].split("<summary>Answers</summary>")[:2]
+            numbers = [len(re.findall(r"^\d+\. ", part.partition("</details>")[0], re.M)) for part in (asked, answered)]
+            if not 3 <= numbers[0] <= 5 or numbers[0] != numbers[1]: problems.append(f"{path.name}: {numbers[0]} questions and {numbers[1]} answers")
+    return problems
+
+
+def links(root):
+    "Every relative link of a notebook leads to a file."
+    problems = []
+    for path in notebooks(root):
+        for text in (source(c) for c in cells(path) if c["cell_type"] == "markdown"):
+            problems += [f"{path.name}: nothing at {target}" for target in re.findall(r"(?<!!)\[[^\]]*\]\((?!https?:|#|mailto:)([^)\s#]+)", text) if not (path.parent/target).exists()]
+    return problems
+
+
+RULES = [floors, light_imports, one_notebook_a_module, no_orphan_module, library_is_fresh, parameters_tags, experiments_define_nothing, sizes, unique_names, opening, outputs_fresh, outputs_without_paths, readme_from_index, checkpoints_used, links]

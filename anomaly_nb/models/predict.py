@@ -25,6 +25,7 @@ for _name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lig
 warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck.*", category=PossibleUserWarning)
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)   # Lightning 2.6 on torch 2.13, its own affair
 warnings.filterwarnings("ignore", message="Found .* in eval mode")       # a frozen part beside the one that is trained is meant to be
+warnings.filterwarnings("ignore", message="The `srun` command is available")      # a training on the head node of a cluster is one process, and meant to be
 
 def trainer_of(accelerator=None, precision=None, **more):
     "The one factory of `Trainer`s: device and precision from `settings()` unless given; no logger, bar, tips, sanity run or inference mode. `more` goes to Lightning."

@@ -1,0 +1,2 @@
+def papers():
+    return lambda page: ""

@@ -2698,6 +2698,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'anomaly_nb.models.cevae.hide': ('models/cevae.html#hide', 'anomaly_nb/models/cevae.py')},
             'anomaly_nb.models.checkpoints': { 'anomaly_nb.models.checkpoints._keep': ( 'models/checkpoints.html#_keep',
                                                                                         'anomaly_nb/models/checkpoints.py'),
+                                               'anomaly_nb.models.checkpoints._seeded': ( 'models/checkpoints.html#_seeded',
+                                                                                          'anomaly_nb/models/checkpoints.py'),
                                                'anomaly_nb.models.checkpoints.checkpoint_folder': ( 'models/checkpoints.html#checkpoint_folder',
                                                                                                     'anomaly_nb/models/checkpoints.py'),
                                                'anomaly_nb.models.checkpoints.checkpoint_table': ( 'models/checkpoints.html#checkpoint_table',

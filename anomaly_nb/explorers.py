@@ -52,7 +52,7 @@ def dial(draw, values, name="level", start=None, stills=None, limits=None, preco
         for ax, (label, image) in zip(axes.flat, images.items()):
             ax.set_axis_on()
             show_image(image, ax, label if live else None, low, high)
-            if not live and position[name] == stills[0]: ax.set_ylabel(label, fontsize=9)
+            if not live: ax.set_ylabel(label, fontsize=9, color="black" if position[name] == stills[0] else "none")      # room for it everywhere: pictures of one size
         return numbers
 
     def controls(): return {name: ipywidgets.SelectionSlider(options=[(number_text(v), v) for v in values], value=values[0] if start is None else start, continuous_update=False, **look(name))}
@@ -90,12 +90,13 @@ def playground(tasks, sample, label=None, seeds=100, stills=None, title=None, li
         axes = place.subplots(*(1, 3) if live else (3, 1))
         for ax, array, name, limits in zip(axes, (clean + change, y[None], difference[None]), ("image", "label", "difference"), ((low, high), (0, 1), (0, (high - low)/2))):
             show_image(array, ax, name if live else None, *limits, foreground=organ if name == "image" else None, index=z)
-            if not live and task == chosen[0]: ax.set_ylabel(name, fontsize=9)
+            if not live: ax.set_ylabel(name, fontsize=9, color="black" if task == chosen[0] else "none")
+            if organ is not None: ax.set(**dict(zip(("xlim", "ylim"), view(as_volume(organ) > 0))))
         if plane(changed[None], z).any(): axes[0].contour(plane(changed[None], z), [.5], colors=TRUTH, linewidths=.8)
-        return {"changed voxels": int(changed.sum()), "mean change": float(difference[changed].mean()) if changed.any() else 0., "mean label there": float(y[changed].mean()) if changed.any() else 0.}
+        return ({"task": task} if live else {}) | {"changed voxels": int(changed.sum()), "mean change": float(difference[changed].mean()) if changed.any() else 0., "mean label there": float(y[changed].mean()) if changed.any() else 0.}
 
     def controls():
-        return {"task": ipywidgets.Dropdown(options=list(tasks), value=chosen[0], **look("task")), "seed": ipywidgets.IntSlider(telling_seed(at, chosen[0]), 0, seeds - 1, continuous_update=False, **look("seed")),
+        return {"task": ipywidgets.SelectionSlider(options=list(tasks), value=chosen[0], continuous_update=False, **look("task")), "seed": ipywidgets.IntSlider(telling_seed(at, chosen[0]), 0, seeds - 1, continuous_update=False, **look("seed")),
                 "strength": ipywidgets.FloatSlider(1, min=0, max=2, step=.1, continuous_update=False, **look("strength"))}
     live, chosen = is_live() if live is None else live, list(stills or tasks)
     return panel(draw, controls, {name: dict(task=name, seed=telling_seed(at, name), strength=1.) for name in chosen[:1 if live else None]}, size=(8, 3.2), still_size=(max(1.1, min(2., 9/len(chosen))), 4.9), title=title, live=live)
@@ -156,18 +157,18 @@ def draw_board(ax, latent, row, column, colour=None):
         ax.imshow(layer, extent=extent, interpolation="nearest")
     y, x = top + dy*row, left + dx*column
     for side_y, side_x, style in ((dy, dx, "-"), (latent.window, latent.window, ":")): ax.add_patch(Rectangle((x - side_x/2, y - side_y/2), side_x, side_y, fill=False, edgecolor=COLOURS[5], linewidth=1.6, linestyle=style))
-    ax.set(xlim=extent[:2], ylim=extent[2:], aspect="auto")
+    ax.set(xlim=extent[:2], ylim=extent[2:])
 
 def draw_cell(place, latent, row, column, board=None):
     "Draws a patch, its nearest in the bank, and its code among the healthy; `board` (colour,): the image beside it."
     lead, (order, d) = board is not None, latent.nearest(row, column)
-    grid = place.add_gridspec(2, latent.k + 1 + 2*lead, height_ratios=(1, 1))
+    grid = place.add_gridspec(2, latent.k + 1 + 2*lead, height_ratios=(1, 1.6))
     low, high = np.percentile(latent.image, (.5, 99.5))
     if lead: draw_board(place.add_subplot(grid[:, :2]), latent, row, column, *board)
     for n, (picture, name) in enumerate([(latent.patch(row, column), "patch"), *((latent.patches[i], f"{r:.2g}") for i, r in zip(order, d))]):
         show_image(picture, place.add_subplot(grid[0, n + 2*lead]), name, low, high)
     ax, code, at = place.add_subplot(grid[1, 2*lead:]), latent.codes[:, row, column], np.arange(len(latent.codes))
-    ax.fill_between(at, *latent.band, step="mid", color="#dddddd", label="9 in 10 of the bank")
+    ax.stairs(latent.band[1], np.arange(len(at) + 1) - .5, baseline=latent.band[0], fill=True, color="#dddddd", label="9 in 10 of the bank")
     outside = (code < latent.band[0]) | (code > latent.band[1])
     ax.bar(at, code, width=.5, color=np.where(outside, COLOURS[1], COLOURS[0]), label="this patch (orange: outside)")
     ax.set(xlabel="number of the code", xticks=at[::max(1, len(at)//8)]); ax.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(.5, 1), borderaxespad=.1)
@@ -195,8 +196,8 @@ def latent_explorer(image, codes, bank, patches, scorers, normals=None, cells=No
 
     def controls():
         return {"row": ipywidgets.IntSlider(stills["highest"]["row"], 0, h - 1, **look("row")), "column": ipywidgets.IntSlider(stills["highest"]["column"], 0, w - 1, **look("column")),
-                "colour": ipywidgets.Dropdown(options=[("nothing", None), *((name, name) for name in scorers)], value=next(iter(scorers)), **look("colour by"))}
-    made = panel(draw, controls, stills, size=(1.1*(k + 1), 3.4), still_size=(1.*(k + 3), 2.5), across=False, title=title, live=live)
+                "colour": ipywidgets.SelectionSlider(options=[("nothing", None), *((name, name) for name in scorers)], value=next(iter(scorers)), **look("colour by"))}
+    made = panel(draw, controls, stills, size=(1.1*(k + 1), 3.6), still_size=(1.*(k + 3), 3.1), across=False, title=title, live=live)
     if live:
         over = click_grid(board, latent.cells, size, lambda row, column: made.move(row=row, column=column)) if h*w <= most_buttons else board
         made.children = [*made.children[:-1], ipywidgets.HBox([over, made.picture], layout=ipywidgets.Layout(flex_flow="row wrap", align_items="flex-start"))]
@@ -237,7 +238,7 @@ def lesion_dial(plant, detectors, contrasts, sizes, foreground=None, start=None,
             show_image(image, ax, name if live else None, low, high, foreground=inside)
             if name != "image": show_map(0*image, maps[name], None, ax, limits[name], name if live else None, foreground=inside)
             if (mask & inside).any(): ax.contour(mask & inside, [.5], colors=TRUTH, linewidths=1)
-            if not live and (contrast, size) == stills[0]: ax.set_ylabel(name, fontsize=9)
+            if not live: ax.set_ylabel(name, fontsize=9, color="black" if (contrast, size) == stills[0] else "none")
             ax.set(xlim=frame[0], ylim=frame[1])
         return {"lesion voxels": int((mask & inside).sum())} | {f"rank, {name}": lesion_rank(m, mask, inside) for name, m in maps.items()}
 

@@ -11,6 +11,7 @@ __all__ = ['MARKS', 'QUANTILES', 'Still', 'number_text', 'numbers_lines', 'numbe
 import html
 import io
 import math
+import textwrap
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -38,7 +39,7 @@ def number_text(value):
 def numbers_lines(numbers, width):
     "{label: number} as lines of plain text, at most `width` characters each where that is possible."
     lines = [""]
-    for told in (f"{label} {number_text(value)}" for label, value in numbers.items()):
+    for told in (part for label, value in numbers.items() for part in textwrap.wrap(f"{label} {number_text(value)}", width, break_on_hyphens=False)):
         if lines[-1] and len(lines[-1]) + 3 + len(told) > width: lines.append("")
         lines[-1] += ("   " if lines[-1] else "") + told
     return "\n".join(lines)
@@ -53,9 +54,9 @@ def numbers_table(numbers):
 class Live(ipywidgets.VBox):
     "Widgets `controls` {name: widget} over numbers and a picture; `draw(figure, **values) -> {label: number}` makes both anew whenever a control moves. `follow` {name: f(value) -> {other: value}}: controls that move along."
     def __init__(self, draw, controls, size=(4.2, 4.2), title=None, follow=None):
-        super().__init__()
+        super().__init__(_dom_classes=("anomaly-nb-live",))
         self.draw, self.controls, self.size, self.follow, self.numbers, self._held = draw, controls, size, follow or {}, {}, False
-        self.picture, self.text = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%")), ipywidgets.HTML()
+        self.picture, self.text = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width=f"{80*size[0]:.0f}px", max_width="100%", align_self="flex-start")), ipywidgets.HTML()
         for name, control in controls.items(): control.observe(lambda change, name=name: self.moved(name), "value")
         self.refresh()
         row = ipywidgets.Box(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap", overflow="visible"))
@@ -90,7 +91,7 @@ def picture_bytes(fig):
     fig.savefig(out, format="png", dpi=fig.dpi, facecolor="white", metadata={"Software": None})
     return out.getvalue()
 
-def look(name, width="26em", **more):
+def look(name, width="27em", **more):
     "Arguments that all controls share: description, its width, the layout."
     return dict(description=name, style={"description_width": "9em"}, layout=ipywidgets.Layout(width=width)) | more
 
@@ -150,12 +151,12 @@ def map_browser(image, anomaly_map, mask=None, foreground=None, title=None, live
         ax.images[-1].set_alpha(opacity)
         ax.set(xlim=frame[0], ylim=frame[1])
         coloured = (found > limits[0])[0, slice] & inside[0, slice]
-        return {"slice": slice, "coloured voxels": int(coloured.sum())} | ({"in the outline": int((coloured & truth[0, slice]).sum()), "outline": int(truth[0, slice].sum())} if mask is not None else {})
+        return {"slice": slice, "map limits": f"{limits[0]:.3g} to {limits[1]:.3g}", "coloured voxels": int(coloured.sum())} | ({"in the outline": int((coloured & truth[0, slice]).sum()), "outline": int(truth[0, slice].sum())} if mask is not None else {})
 
     def controls():
         step = (top - bottom)/200 or 1
-        return {"slice": ipywidgets.IntSlider(best, 0, len(found[0]) - 1, **look("slice")), "opacity": ipywidgets.FloatSlider(1, min=0, max=1, step=.05, **look("opacity of the map")),
-                "limits": ipywidgets.FloatRangeSlider(value=(low, high), min=min(bottom, low), max=max(top, high), step=step, readout_format=".3g", **look("limits of the colours")), "outline": ipywidgets.Checkbox(True, indent=False, **look("outline of the truth", disabled=mask is None))}
+        return {"slice": ipywidgets.IntSlider(best, 0, len(found[0]) - 1, **look("slice")), "opacity": ipywidgets.FloatSlider(1, min=0, max=1, step=.05, **look("map opacity")),
+                "limits": ipywidgets.FloatRangeSlider(value=(low, high), min=min(bottom, low), max=max(top, high), step=step, readout_format=".2g", **look("map limits")), "outline": ipywidgets.Checkbox(True, indent=False, **look("true outline", disabled=mask is None))}
 
     best, other, common = best_slice(image, truth, np.where(inside, found, 0)), worst_elsewhere(found, truth, inside), dict(opacity=1., limits=(low, high), outline=True)
     stills = {"the map turned off": common | dict(slice=best, opacity=0.), "the map": common | dict(slice=best), "lower limit raised": common | dict(slice=best, limits=((low + high)/2, high)), "elsewhere": common | dict(slice=other)}
@@ -235,12 +236,12 @@ def threshold_slider(maps, masks, normals, foregrounds=None, normal_foregrounds=
         right.axvline(numbers["threshold"], color="black", linewidth=1, linestyle="--")
         right.set(yscale="log", xlabel="threshold", ylabel="share marked")
         right.legend(ncols=2, **above_axes)
-        return numbers
+        return {"person shown": names[person], "slice": slice} | numbers
 
     live, middle = is_live() if live is None else live, quantiles.index(start)
     chosen = [quantiles[n] for n in sorted({middle, max(middle - 3, 0), min(middle + 3, len(quantiles) - 1)})]
     who = int(np.argmax([(k & f).sum() for k, f in zip(masks, foregrounds)]))
     def controls():
         return {"quantile": ipywidgets.SelectionSlider(options=[(f"{100*q:g} %", q) for q in quantiles], value=start, **look("healthy quantile")),
-                "person": ipywidgets.Dropdown(options=list(zip(names, range(len(names)))), value=who, **look("person")), "slice": ipywidgets.IntSlider(best[who], 0, max(m.shape[1] for m in maps) - 1, **look("slice"))}
+                "person": ipywidgets.SelectionSlider(options=list(zip(names, range(len(names)))), value=who, **look("person")), "slice": ipywidgets.IntSlider(best[who], 0, max(m.shape[1] for m in maps) - 1, **look("slice"))}
     return panel(draw, controls, {f"healthy quantile {100*q:g} %": dict(quantile=q, person=who, slice=best[who]) for q in chosen}, size=(7.2, 3.9), still_size=(2.5, 4.6), title=title, follow={"person": lambda n: {"slice": best[n]}}, live=live)

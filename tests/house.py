@@ -227,17 +227,24 @@ def readme_from_index(root, write=False):
     return [f"{n}: differs from nbs/index.ipynb, run make export" for n, content in made.items() if not (root/n).is_file() or (root/n).read_bytes() != content]
 
 
+def loading(root):
+    "The notebooks that load trained networks, or train them."
+    return [p for p in notebooks(root) if default_exp(p) != "models.checkpoints" and any("load_or_train(" in text for text in code(p))]
+
+
 def checkpoint_users(root):
-    "{name of a trained network: the notebook that loads it}."
-    return {name: path for path in notebooks(root) if default_exp(path) != "models.checkpoints" for text in code(path) for name in re.findall(r"load_or_train\(\s*[\"']([\w-]+)[\"']", text)}
+    "{name of a trained network that lies beside the notebooks: the notebook that has its name in quotes}."
+    texts = {p: "\n".join(code(p)) for p in loading(root)}
+    return {f.stem: p for f in sorted((root/"nbs"/"checkpoints").glob("*.safetensors")) for p, text in texts.items() if f'"{f.stem}"' in text}
 
 
 def checkpoints_used(root):
-    "Every trained network beside the notebooks is loaded by one, is listed with its origin, and together they stay below 10 MB."
-    folder = root/"nbs"/"checkpoints"
-    files, users = {p.stem: p for p in folder.glob("*.safetensors")}, checkpoint_users(root)
+    "Every trained network beside the notebooks is loaded by one, is listed with its origin, and together they stay below 10 MB; what a notebook would load is there."
+    folder, users = root/"nbs"/"checkpoints", checkpoint_users(root)
+    files = {p.stem: p for p in folder.glob("*.safetensors")}
     told = (folder/"README.md").read_text(encoding="utf-8") if (folder/"README.md").is_file() else ""
-    problems = [f"checkpoints/{n}: no notebook loads it" for n in files if n not in users] + [f"{p.name}: loads checkpoints/{n}, which is not there: make checkpoints" for n, p in users.items() if n not in files]
+    asked = {name: p for p in loading(root) for text in code(p) for name in re.findall(r'load_or_train\("([\w-]+)"', text)}
+    problems = [f"checkpoints/{n}: no notebook loads it" for n in files if n not in users] + [f"{p.name}: loads checkpoints/{n}, which is not there: make checkpoints" for n, p in asked.items() if n not in files]
     problems += [f"checkpoints/{n}: README.md does not name it: make checkpoints" for n in files if f"| {n} |" not in told]
     if (size := sum(p.stat().st_size for p in files.values())) > 10e6: problems.append(f"checkpoints: {size/1e6:.1f} MB, 10 at most")
     return problems

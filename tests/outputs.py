@@ -58,16 +58,17 @@ def store(paths):
         print(drift(path))
 
 
-def checkpoints():
-    "Trains all that lies in nbs/checkpoints again, by executing the notebooks that load it, and writes down where each file comes from."
+def checkpoints(paths=()):
+    "Trains all that lies in nbs/checkpoints again (or what these notebooks load), by executing the notebooks, and writes down where each file comes from."
     from anomaly_nb.models.checkpoints import checkpoint_table
-    folder, users = house.ROOT/"nbs"/"checkpoints", house.checkpoint_users(house.ROOT)
-    for old in folder.glob("*.safetensors"): old.unlink()
-    for path in sorted(set(users.values())):
+    folder = house.ROOT/"nbs"/"checkpoints"
+    for name, path in house.checkpoint_users(house.ROOT).items():
+        if not paths or path in paths: (folder/f"{name}.safetensors").unlink()
+    for path in paths or house.loading(house.ROOT):
         kept = path.read_bytes()
         try: execute(path, ANOMALY_NB_COMPUTE_CHECKPOINTS="make")
         finally: path.write_bytes(kept)                                          # its stored outputs are those of a reader, who loads
-    rows = checkpoint_table(folder)
+    rows, users = checkpoint_table(folder), house.checkpoint_users(house.ROOT)
     lines = [f"| {r['name']} | {r['model']} | {r['epochs']} | {r['seconds']:.0f} | {r['kilobytes']} | [{users[r['name']].stem}](../{users[r['name']].relative_to(house.ROOT/'nbs')}) |" for r in rows]
     (folder/"README.md").write_text("# Trained networks beside the notebooks\n\nWeights that the cell of a notebook trained and loads (chapter [312](../models/312_checkpoints.ipynb)), from the embedded cohorts alone: nobody's data, nobody else's weights. Each file says in its header what it was made from. "
                                     f"`make checkpoints` trains all of them again and writes this page.\n\n| file | model | epochs | seconds of training | kB | made and loaded by |\n|---|---|---|---|---|---|\n" + "\n".join(lines) + f"\n\nTogether {sum(r['kilobytes'] for r in rows)} kB; torch {', '.join(sorted({r['torch'] for r in rows}))}.\n", encoding="utf-8")
@@ -82,6 +83,6 @@ if __name__ == "__main__":
         store(named or stale)
         house.readme_from_index(house.ROOT, write=True)
     elif sys.argv[1:] == ["costs"]: print(*(drift(p) for p in house.notebooks(house.ROOT) if house.keeps_outputs(p)), sep="\n")
-    elif sys.argv[1:] == ["checkpoints"]: checkpoints()
+    elif sys.argv[1:2] == ["checkpoints"]: checkpoints([Path(p).resolve() for p in sys.argv[2:]])
     elif sys.argv[1:] == ["readme"]: house.readme_from_index(house.ROOT, write=True)
     else: sys.exit(__doc__)

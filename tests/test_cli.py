@@ -107,6 +107,38 @@ def test_two_runs_and_a_report(tmp_path):
     assert "embedded cohort" in page and "src=\"data:image/png;base64," in page and "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_a_model_of_ones_own(tmp_path, monkeypatch):
+    "A class in a file beside settings.ini is run by `module:Class`, from a folder below; its code and that of its neighbour belong to the key, their words do not; faults are one line."
+    from anomaly_nb import parameters
+    from anomaly_nb.core import settings
+    (tmp_path/"settings.ini").write_text(f"[paths]\ncohorts = {settings().cohorts}\ncache = {settings().cache}\n")
+    (tmp_path/"own_gain.py").write_text("GAIN = 2.0   # louder\n")
+    (tmp_path/"own_loud.py").write_text("from own_gain import GAIN\nfrom anomaly_nb.models.baselines import IntensityThreshold\n\nclass Loud(IntensityThreshold):\n    'Brightness, louder.'\n    dims = (2,)\n    def score(self, batch, kind=None): return {k: GAIN*v for k, v in super().score(batch, kind).items()}\n")
+    (tmp_path/"below").mkdir()
+    done = call("run", "evaluate", "-p", "model=own_loud:Loud", cwd=tmp_path/"below")
+    assert done.returncode == 0, done.stderr
+    folder, = (tmp_path/"runs").glob("evaluate-brain-own_loud:Loud-*")
+    metrics = json.loads((folder/"metrics.json").read_text())
+    assert metrics["model"] == "own_loud:Loud" and not metrics["baseline"] and metrics["kinds"]["bright"]["pixel"]["ap"] > 0.1
+
+    monkeypatch.setenv("ANOMALY_NB_SETTINGS", str(tmp_path/"settings.ini"))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    notebook = parameters.experiment_path("evaluate")
+    values = parameters.check_parameters(notebook, {"model": "own_loud:Loud"})
+    data = parameters.data_hash(values)
+    made, others = (parameters.run_key(notebook, values | {"model": m}, data) for m in ("own_loud:Loud", "random"))
+    assert folder.name.endswith(made)                                                    # the same key from another process and folder
+    (tmp_path/"own_gain.py").write_text("GAIN = 2.0   # a better comment\n")
+    (tmp_path/"own_loud.py").write_text((tmp_path/"own_loud.py").read_text().replace("louder", "but twice as loud"))
+    assert parameters.run_key(notebook, values, data) == made
+    (tmp_path/"own_gain.py").write_text("GAIN = 3.0\n")
+    assert parameters.run_key(notebook, values, data) != made and parameters.run_key(notebook, values | {"model": "random"}, data) == others
+    assert not any(n.startswith("own_") for n in parameters.modules_needed(notebook, values))                # nothing of it is imported ahead: it may be edited while a sweep goes on
+    for model, said in (("own_lout:Loud", "No module named 'own_lout'"), ("own_gain:GAIN", "GAIN is no model")):
+        refused = call("run", "evaluate", "-p", f"model={model}", cwd=tmp_path)
+        assert refused.returncode == 2 and said in refused.stderr and len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+
+
 def test_help_is_quick_and_light():
     "No heavy module for a call for help, whatever the command; and an answer before the eye has moved."
     code = "import sys\nfrom anomaly_nb.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'numpy', 'yaml', 'sklearn', 'pandas', 'rich', 'IPython') if m in sys.modules])"

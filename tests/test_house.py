@@ -160,3 +160,30 @@ def test_cleaning_keeps_the_parameters_tag(tree):
     subprocess.run([str(house.Path(sys.executable).parent/"nbdev-clean")], cwd=tree, check=True, capture_output=True)
     assert house.parameters_tags(tree) == []
     assert house.outputs_fresh(tree) == []
+
+
+@pytest.mark.parametrize("words, missing", [("**You need**", "without **You need**"), ("**Next:**", "**Next:**"), ("\n3. ", "2 answers"), ("## What goes wrong", "What goes wrong")])
+def test_catches_a_chapter_that_does_not_open_or_close(tree, words, missing):
+    def lose(nb):
+        cell = next(c for c in reversed(nb["cells"]) if c["cell_type"] == "markdown" and words in "".join(c["source"]))
+        before, _, after = "".join(cell["source"]).rpartition(words)
+        cell["source"] = before + "\n" + after
+    edit(chapter(tree, "models.checkpoints"), lose)
+    only(house.opens_and_closes(tree), missing)
+
+
+def test_catches_a_dead_link(tree):
+    edit(chapter(tree, "arrays"), lambda nb: nb["cells"].append({"cell_type": "markdown", "id": "planted", "metadata": {}, "source": "see [nowhere](999_nothing.ipynb#here)"}))
+    only(house.links(tree), "nothing at 999_nothing.ipynb")
+
+
+def test_catches_a_trained_network_that_nobody_loads(tree):
+    (tree/"nbs"/"checkpoints").mkdir(exist_ok=True)
+    (tree/"nbs"/"checkpoints"/"planted.safetensors").write_bytes(b"x")
+    assert {w for p in house.checkpoints_used(tree) for w in ("no notebook loads it", "README.md does not name it") if "planted" in p and w in p} == {"no notebook loads it", "README.md does not name it"}
+
+
+def test_catches_networks_that_weigh_too_much(tree):
+    (tree/"nbs"/"checkpoints").mkdir(exist_ok=True)
+    with open(tree/"nbs"/"checkpoints"/"planted.safetensors", "wb") as f: f.truncate(11_000_000)
+    assert any("10 at most" in p for p in house.checkpoints_used(tree))

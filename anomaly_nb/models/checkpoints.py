@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ..core import InputError, ParameterError, settings, write_aside
+from ..core import InputError, ParameterError, seed_everything, settings, write_aside
 from .fit import _identity, fit
 from .model import FORMAT, read_checkpoint, set_state
 
@@ -60,11 +60,16 @@ def load_or_train(name, model, data, seed=None, folder=None, judge=None, **how):
         if not (why := difference(made, about)):
             set_state(model, tensors, file).eval()
             print(f"{file.name}: loaded; its training took {seconds:.0f} s")
-            return history
+            return _seeded(seed, history)
         print(f"{file.name} was made from {why}. Training.")
     began = time.monotonic()
     history = fit(model, data, seed=seed, judge=judge, **how)
     if todo == "make": _keep(model, file, about, history, time.monotonic() - began)
+    return _seeded(seed, history)
+
+def _seeded(seed, history):
+    "The history; what is drawn after a training is the same as after loading one."
+    seed_everything(seed)
     return history
 
 def _keep(model, file, about, history, seconds):

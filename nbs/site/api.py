@@ -4,9 +4,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 
-from course import PARTS, ROOT
-
-LIBRARY = ROOT/"anomaly_nb"
+from course import LIBRARY, PARTS
 
 
 @dataclass

@@ -7,7 +7,7 @@ from anomaly_nb import __version__
 
 project, author, version, release = "anomaly_nb", "the anomaly_nb authors", __version__, __version__
 project_copyright = "the anomaly_nb authors, Apache 2.0"
-extensions = ["myst_nb", "formulas", "terms"]
+extensions = ["myst_nb", "formulas", "terms", "sidebar"]
 html_math_renderer = "mathml"
 source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}
 root_doc = "index"

@@ -9,6 +9,7 @@ from pathlib import Path
 SITE = Path(__file__).resolve().parent
 NBS = SITE.parent
 ROOT = NBS.parent
+LIBRARY = ROOT/"anomaly_nb"
 
 PARTS = {      # name of the page: (title, folder below nbs/ with the beginning of its numbers, what it is about)
     "ground": ("Ground", ".", "0", "What everything else stands on: the sample, a plain dict with named keys; components, distances and patches of arrays; what cheap annotations can say; pictures."),

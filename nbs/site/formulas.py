@@ -42,7 +42,7 @@ def mathml(tex, block=False):
 def _write(translator, node, block):
     tex = node.astext()
     try: made = mathml(tex, block)
-    except MathError as error: raise SphinxError(f"{translator.builder.current_docname}: no MathML of {tex!r}: {error}") from None
+    except (MathError, AttributeError, IndexError, ValueError) as error: raise SphinxError(f"{translator.builder.current_docname}: no MathML of {tex!r}: {error}") from None
     made = made.replace("<math ", f'<math alttext="{html.escape(tex.strip(), quote=True)}" ', 1)
     translator.body.append(f'<div class="formula" tabindex="0">{made}</div>\n' if block else f'<span class="formula">{made}</span>')
 

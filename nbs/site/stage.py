@@ -65,7 +65,7 @@ def cells_of(page):
                 outputs.append(output | ({"data": data, "metadata": {}} if "data" in output else {}))
             cell["outputs"], cell["execution_count"] = outputs, None
             for output in outputs: output.pop("execution_count", None) if output["output_type"] != "execute_result" else output.update(execution_count=None)
-            cell["metadata"]["mystnb"] = {"image": {"alt": alt_of(heading, source)}}
+            if any(mime.startswith("image/") for o in outputs for mime in o.get("data", {})): cell["metadata"]["mystnb"] = {"image": {"alt": alt_of(heading, source)}}
             if not source and not outputs: continue
         cells.append(cell | {"source": source})
     return cells

@@ -1,2 +1,0 @@
-def papers():
-    return lambda page: ""

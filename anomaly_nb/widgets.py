@@ -23,6 +23,8 @@ from .arrays import components
 from .core import DataError, ParameterError
 from .viz import COLOURS, STYLE, best_slice, figure_png, is_live, map_limits, plane, show_image, show_map
 
+plt.draw_if_interactive()      # loads what shows figures. Loaded within the context of a style (`rc_context`) it would be switched off where that ends, and no later figure would appear
+
 # %% ../nbs/022_widgets.ipynb #c009
 class Still(Figure):
     "A figure that pyplot does not know of: nothing to close, and a notebook shows it where it is the last line of a cell. `numbers`: {caption: {label: number}} of its positions."

@@ -91,6 +91,10 @@ class CellShell(InteractiveShell):
     def _showtraceback(self, etype, evalue, stb): self.said.append({"output_type": "error", "ename": str(etype.__name__), "evalue": str(evalue), "traceback": [str(line) for line in stb]})
     def enable_gui(self, gui=None): pass
 
+    def ask_exit(self):
+        "What `exit()` in a cell calls: it ends the run as `sys.exit()` does."
+        raise SystemExit("the notebook called exit()")
+
     def run(self, code):
         "Runs one cell. Returns (outputs, whether it raised)."
         self.said = Outputs()

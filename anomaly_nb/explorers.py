@@ -90,6 +90,7 @@ def playground(tasks, sample, label=None, seeds=100, stills=None, title=None, li
         axes = place.subplots(*(1, 3) if live else (3, 1))
         for ax, array, name, limits in zip(axes, (clean + change, y[None], difference[None]), ("image", "label", "difference"), ((low, high), (0, 1), (0, (high - low)/2))):
             show_image(array, ax, name if live else None, *limits, foreground=organ if name == "image" else None, index=z)
+            for side in ax.spines.values(): side.set_visible(True)                         # a white label on a white page has an edge
             if not live: ax.set_ylabel(name, fontsize=9, color="black" if task == chosen[0] else "none")
             if organ is not None: ax.set(**dict(zip(("xlim", "ylim"), view(as_volume(organ) > 0))))
         if plane(changed[None], z).any(): axes[0].contour(plane(changed[None], z), [.5], colors=TRUTH, linewidths=.8)
@@ -116,8 +117,9 @@ def click_grid(picture, usable, size, clicked):
 # %% ../nbs/024_explorers.ipynb #c017
 class LatentView:
     "Codes [D,h,w] of one image, a bank [N,D] of healthy ones, scorers; answers for one cell, and draws it. `latent_explorer` says what the arguments are."
-    def __init__(self, image, codes, bank, patches, scorers, normals, cells, origin, stride, window, k):
+    def __init__(self, image, codes, bank, patches, scorers, normals, cells, origin, stride, window, k, foreground=None):
         self.image, self.codes, self.bank, self.patches, self.k, self.window = plane(image), np.asarray(codes), np.asarray(bank), patches, k, window
+        if foreground is not None: self.image = np.where(plane(foreground) > 0, self.image, self.image[plane(foreground) > 0].min())
         if self.codes.ndim != 3 or self.bank.ndim != 2 or self.bank.shape[1] != len(self.codes): raise DataError("latent_explorer", f"got codes {self.codes.shape} and a bank {self.bank.shape}", "[D,h,w] and [N,D]")
         if not scorers or len(bank) <= k: raise ParameterError("latent_explorer", f"got {len(scorers)} scorers and {len(bank)} vectors in the bank", f"a scorer, and more than k={k} vectors")
         self.cells = np.ones(self.codes.shape[1:], bool) if cells is None else np.asarray(cells) > 0
@@ -140,9 +142,9 @@ class LatentView:
         return found
 
     def patch(self, row, column):
-        "The image in the window about the middle of a cell [window,window], 0 beyond the border."
+        "The image in the window about the middle of a cell [window,window], its lowest value beyond the border."
         (y, x), half = self.origin + self.stride*np.array([row, column]), self.window//2
-        padded = np.pad(self.image, half + 1)
+        padded = np.pad(self.image, half + 1, constant_values=self.image.min())
         return padded[int(y) + 1:int(y) + 1 + self.window, int(x) + 1:int(x) + 1 + self.window]
 
 # %% ../nbs/024_explorers.ipynb #c018
@@ -175,12 +177,12 @@ def draw_cell(place, latent, row, column, board=None):
     return latent.numbers(row, column)
 
 # %% ../nbs/024_explorers.ipynb #c019
-def latent_explorer(image, codes, bank, patches, scorers, normals=None, cells=None, origin=0, stride=1, window=9, k=5, most_buttons=900, title=None, live=None):
+def latent_explorer(image, codes, bank, patches, scorers, normals=None, cells=None, origin=0, stride=1, window=9, k=5, foreground=None, most_buttons=900, title=None, live=None):
     """Click a patch (or move row and column): its nearest neighbours in the bank, its code among the healthy, its scores. Still: the cells with the highest, a middle and the lowest first score.
 
     `image` [H,W]; `codes` [D,h,w], cell (i, j) about voxel `origin` + `stride`*(i, j), looking through `window`; `bank` [N,D] and `patches`, indexable by n, of healthy people; `scorers` {name: f([m,D]) -> [m], higher is more anomalous}.
-    `normals` [M,D]: healthy vectors that no scorer was fitted on, for the ranks (default: the bank, which flatters); `cells` [h,w]: which lie in the organ. Above `most_buttons` cells there are sliders only. Errors: `DataError`, `ParameterError`."""
-    latent = LatentView(image, codes, bank, patches, scorers, normals, cells, origin, stride, window, k)
+    `normals` [M,D]: healthy vectors that no scorer was fitted on, for the ranks (default: the bank, which flatters); `cells` [h,w]: which lie in the organ; `foreground` [H,W]: black outside. Above `most_buttons` cells there are sliders only. Errors: `DataError`, `ParameterError`."""
+    latent = LatentView(image, codes, bank, patches, scorers, normals, cells, origin, stride, window, k, foreground)
     h, w = latent.cells.shape
     order = np.argwhere(latent.cells)[np.argsort(next(iter(latent.scores.values()))[latent.cells], kind="stable")]
     stills = {name: dict(zip(("row", "column"), map(int, order[n]))) | dict(colour=next(iter(scorers))) for name, n in (("highest", -1), ("in the middle", len(order)//2), ("lowest", 0))}
@@ -212,7 +214,7 @@ def lesion_rank(anomaly_map, mask, inside):
 def lesion_dial(plant, detectors, contrasts, sizes, foreground=None, start=None, stills=None, title=None, live=None):
     """Contrast and size of a lesion, and what each detector makes of it. Still: up to three contrasts at one size, and the strongest contrast at the smallest.
 
-    `plant(contrast, size) -> (image [H,W], mask [H,W])`; `detectors` {name: f(image [H,W]) -> map [H,W]}; `start` and `stills`: (contrast, size), default the strongest. Each map on one colour scale at all positions, that of the strongest. Errors: `ParameterError`."""
+    `plant(contrast, size) -> (image [H,W], mask [H,W])`; `detectors` {name: f(image [H,W]) -> map [H,W]}; `start` and `stills`: (contrast, size), default the strongest. Each map on one colour scale at all positions, that of `start`. Errors: `ParameterError`."""
     contrasts, sizes = list(contrasts), list(sizes)
     if not contrasts or not sizes or not detectors: raise ParameterError("lesion_dial", f"got {len(contrasts)} contrasts, {len(sizes)} sizes, {len(detectors)} detectors", "at least one of each")
     start, seen = start or (contrasts[-1], sizes[-1]), {}
@@ -226,7 +228,7 @@ def lesion_dial(plant, detectors, contrasts, sizes, foreground=None, start=None,
             seen[contrast, size] = image, mask > 0, {name: plane(detect(image)) for name, detect in detectors.items()}
         return seen[contrast, size]
 
-    image, mask, maps = at(contrasts[-1], sizes[-1])
+    image, mask, maps = at(*start)
     inside = np.ones(image.shape, bool) if foreground is None else plane(foreground) > 0
     limits, (low, high), frame = {name: map_limits([m], [inside]) for name, m in maps.items()}, np.percentile(image[inside], (.5, 99.5)), view(inside[None, None])
     live, n = is_live() if live is None else live, 1 + len(detectors)
@@ -240,7 +242,7 @@ def lesion_dial(plant, detectors, contrasts, sizes, foreground=None, start=None,
             if (mask & inside).any(): ax.contour(mask & inside, [.5], colors=TRUTH, linewidths=1)
             if not live: ax.set_ylabel(name, fontsize=9, color="black" if (contrast, size) == stills[0] else "none")
             ax.set(xlim=frame[0], ylim=frame[1])
-        return {"lesion voxels": int((mask & inside).sum())} | {f"rank, {name}": lesion_rank(m, mask, inside) for name, m in maps.items()}
+        return {"lesion voxels": int((mask & inside).sum()), "rank at best": 1 - (mask & inside).sum()/(2*inside.sum())} | {f"rank, {name}": lesion_rank(m, mask, inside) for name, m in maps.items()}
 
     def controls():
         return {name: ipywidgets.SelectionSlider(options=[(number_text(v), v) for v in values], value=value, continuous_update=False, **look(name)) for name, values, value in (("contrast", contrasts, start[0]), ("size", sizes, start[1]))}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIT', 'AHEAD', 'GOOD', 'DEMO_BUDGET', 'time_left', 'words_of', 'counts_of', 'execute_shown', 'summary', 'chosen',
-           'limits_of', 'run_sweep', 'write_page', 'submit', 'collect', 'ask_cluster', 'sweep', 'demo', 'run', 'report',
-           'true_state', 'status_of', 'clean']
+           'limits_of', 'run_sweep', 'page_of', 'write_page', 'submit', 'collect', 'ask_cluster', 'sweep', 'demo',
+           'run', 'report', 'true_state', 'status_of', 'clean']
 
 # %% ../nbs/739_sweep_commands.ipynb #c003
 import fnmatch
@@ -118,10 +118,14 @@ def run_sweep(plan, folder=None, processes=0, only=(), retry=False, minutes=None
         if later: status |= execute_shown(later, processes, folder, **options)
         runs = [*runs, *later]
     done = [run for run in runs if run.status in GOOD]
-    try: return status | write_page([run.folder for run in done], folder/f"report-{plan.report}.html", [(run.name or run.label, run.message, "running" if run.status == "elsewhere" else run.status) for run in runs if run not in done])
+    try: return status | write_page([run.folder for run in done], page_of(plan, folder, only), [(run.name or run.label, run.message, "running" if run.status == "elsewhere" else run.status) for run in runs if run not in done])
     except OSError as error:                                   # a full disk must not hide what the runs came to
         print(f"the report cannot be written: {error.filename or folder}: {error.strerror}", file=sys.stderr)
         return 1
+
+def page_of(plan, folder, only=()):
+    "The page of a sweep; a part of its runs (`--only`) has a page of its own, and leaves that of the whole."
+    return Path(folder)/f"report-{plan.report}{'-part' if only else ''}.html"
 
 def write_page(folders, file, failed=()):
     "Writes the page over run folders, prints its table and its path. Returns 1 when a run was left out because it cannot be read, else 0."
@@ -145,7 +149,7 @@ def submit(plan, folder, args, only=()):
     runs = plan.every
     made, there = sum(run.status in GOOD for run in runs), sum(run.status == "elsewhere" for run in runs)
     print(f"{len(jobs)} submitted{' (' + ', '.join(sorted({'job ' + j.split('_')[0] for j in jobs})) + ')' if jobs else ''}, {made} done before, {there} in the queue before")
-    print("later, or now: the same command with --collect instead of --slurm")
+    print(f"later, or now: the same command with --collect instead of --slurm{' (it is then that --track enters the runs)' if args.track else ''}")
     return summary([run for run in runs if run.status not in ("queued", "elsewhere")], Console(stderr=True))
 
 def collect(plan, folder, only=()):
@@ -159,7 +163,7 @@ def collect(plan, folder, only=()):
     print(", ".join(f"{n} {s}" for s, n in Counter(run.status for run in runs).most_common()))
     status = summary([run for run in runs if run.status not in AHEAD], Console(stderr=True), _NEXT | dict.fromkeys(("killed", "not submitted"), "The same command with --slurm goes on.")) | int(any(run.status in AHEAD for run in runs))
     done = [run for run in runs if run.status in GOOD]
-    if done: status |= write_page([run.folder for run in done], folder/f"report-{plan.report}.html", [(run.name or run.label, run.message or run.status) for run in runs if run.status not in (*GOOD, *AHEAD)])
+    if done: status |= write_page([run.folder for run in done], page_of(plan, folder, only), [(run.name or run.label, run.message or run.status) for run in runs if run.status not in (*GOOD, *AHEAD)])
     return status
 
 def ask_cluster(folder):

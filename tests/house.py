@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = [{"core"}, {"arrays"}, {"viz", "annotations"}, {"data", "tasks", "models", "detectors", "metrics"}, {"methods"}, {"catalog"}, {"experiment", "evaluation"}, {"measurement"}, {"ledger", "exports"}, {"results"}, {"ranking"}, {"figures", "page", "judgement"}, {"fold_section", "own_tables", "breakdown", "gallery"}, {"report"}, {"parameters"}, {"cells"}, {"warm"}, {"runner"}, {"batch"}, {"sweep", "data_commands"}, {"slurm", "tracking"}, {"sweep_commands"}, {"cli"}]
+FLOORS = [{"core"}, {"arrays"}, {"viz", "annotations"}, {"widgets"}, {"explorers"}, {"data", "tasks", "models", "detectors", "metrics"}, {"methods"}, {"catalog"}, {"experiment", "evaluation"}, {"measurement"}, {"ledger", "exports"}, {"results"}, {"ranking"}, {"figures", "page", "judgement"}, {"fold_section", "own_tables", "breakdown", "gallery"}, {"report"}, {"parameters"}, {"cells"}, {"warm"}, {"runner"}, {"batch"}, {"sweep", "data_commands"}, {"slurm", "tracking"}, {"sweep_commands"}, {"cli"}]
 LIGHT = {"core": "anything heavy", "cli": "anything heavy", "catalog": "anything heavy"}   # besides the metrics, which may import numpy
 HEAVY = {"torch", "monai", "pytorch_lightning", "matplotlib", "sklearn", "scipy", "pandas", "nibabel", "nilearn"}
 LIMIT = 500 * 1024

@@ -87,7 +87,7 @@ def fields(node):
 
 def origin(page, cell, indent):
     "A line that leads to the cell which defines something."
-    return f"{' ' * indent}`{page.name} <../../{page.doc}.html{'#' + cell if cell else ''}>`__\n"
+    return f"{' ' * indent}`cell <../../{page.doc}.html{'#' + cell if cell else ''}>`__\n"
 
 
 def entry(thing, page, index, lines):
@@ -118,11 +118,11 @@ def entry(thing, page, index, lines):
             if cell and cell != thing.cell: out.append(f"      .. container:: origin\n\n{origin(page, cell, 9)}")
             out.append(told(doc, index, 6))
         return "\n\n".join(out)
-    value = ast.unparse(node.value) if node.value is not None else ""
-    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple): value = ""
-    shown = f"\n   :value: {value}" if value and len(value) <= 100 and "\n" not in value else ""
     comment = re.search(r"\s#\s*([^'\"]+)$", lines[node.lineno - 1])
-    return "\n\n".join([f".. py:data:: {thing.name}{shown}", where, *([told(comment.group(1), index, 3)] if comment else [])])
+    said = [told(comment.group(1), index, 3)] if comment else []
+    if node.end_lineno - node.lineno < 15 and not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)):
+        said.append("   .. code-block:: python\n\n" + textwrap.indent("\n".join(lines[node.lineno - 1:node.end_lineno]), " " * 6))
+    return "\n\n".join([f".. py:data:: {thing.name}", where, *said])
 
 
 def pages(notebooks):
@@ -135,17 +135,18 @@ def pages(notebooks):
     index = {k: v for k, v in index.items() if v}
     for p, (found, elsewhere, lines, doc) in parsed.items():
         name = f"anomaly_nb.{p.module}"
-        out = [name, "=" * len(name), f".. py:module:: {name}", told(doc, index, 0), f"Built, shown at work and tested in :doc:`{p.name} </{p.doc}>`."]
+        out = [f"{name}\n{'=' * len(name)}", f".. py:module:: {name}", told(doc, index, 0), f"Built, shown at work and tested in :doc:`{p.name} </{p.doc}>`."]
         out += [entry(t, p, index, lines) for t in found]
         for owner, node, cell in elsewhere:
             if ast.get_docstring(node): out.append(f".. py:method:: {owner}.{node.name}{arguments(node, True)}\n\n   .. container:: origin\n\n{origin(p, cell, 6)}\n\n{told(ast.get_docstring(node), index, 3)}")
         made[name] = "\n\n".join(out) + "\n"
-    out = ["Reference", "=========", "The public functions, classes and constants of the library, with their docstrings. Each leads to the cell of the notebook that defines it: there it is explained, used and tested. "
-           "All names: :ref:`genindex`; all modules: :ref:`modindex`."]
+    listed = []
     for part, (title, *_) in PARTS.items():
         own = [p for p in parsed if p.part == part]
         if not own: continue
         rows = [f":doc:`anomaly_nb.{p.module} <anomaly_nb.{p.module}>`\n   {told(p.line, index, 0)}" for p in own]
-        out += [title, "-" * len(title), "\n\n".join(rows), f".. toctree::\n   :hidden:\n\n" + "\n".join(f"   anomaly_nb.{p.module}" for p in own)]
-    made["index"] = "\n\n".join(out) + "\n"
+        made[part] = "\n\n".join([f"{title}\n{'=' * len(title)}", "\n\n".join(rows), ".. toctree::\n   :hidden:\n\n" + "\n".join(f"   {p.module} <anomaly_nb.{p.module}>" for p in own)]) + "\n"
+        listed.append(part)
+    made["index"] = "\n\n".join(["Reference\n=========", "The public functions, classes and constants of the library, with their docstrings. *Cell* leads to the cell of the notebook that defines a thing: there it is explained, used and tested. "
+                                  "All names: :ref:`genindex`; all modules: :ref:`modindex`.", ".. toctree::\n   :maxdepth: 2\n\n" + "\n".join(f"   {part}" for part in listed)]) + "\n"
     return made

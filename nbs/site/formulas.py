@@ -6,8 +6,9 @@ import re
 import unicodedata
 
 from docutils.nodes import SkipNode
-from sphinx.errors import SphinxError
+from sphinx.util.logging import getLogger
 
+logger = getLogger(__name__)
 TOKEN = re.compile(r"\\(?:operatorname\*|[A-Za-z]+|.)|\d+(?:\.\d+)?|\s+|.", re.S)
 GREEK = {n: unicodedata.lookup(f"GREEK SMALL LETTER {n.upper()}") for n in "alpha beta gamma delta zeta eta theta iota kappa mu nu xi pi rho sigma tau upsilon chi psi omega".split()}
 GREEK |= {"lambda": "λ", "epsilon": "ϵ", "varepsilon": "ε", "phi": "ϕ", "varphi": "φ", "vartheta": "ϑ", "varrho": "ϱ"}
@@ -113,7 +114,7 @@ class Parser:
             elif token == "_" and below is None: below = self.argument()
             elif token == "^" and above is None: above = self.argument()
             else: raise FormulaError("two scripts at one place")
-        if primes: above = row([mo("′" * primes), *([above] if above else [])])
+        if primes: above = row([tag("mi", "′" * primes), *([above] if above else [])])
         if below is None and above is None: return base, "ord" if kind == "brace" else kind
         names = ("munder", "mover", "munderover") if kind in ("lim", "brace", "large") else ("msub", "msup", "msubsup")
         made = tag(names[2], base + below + above) if below and above else tag(names[0], base + below) if below else tag(names[1], base + above)
@@ -194,7 +195,7 @@ class Parser:
         if name == "underline": return tag("mrow", self.argument(), **{"class": "underline"}), "ord"
         if name == "underbrace": return tag("munder", self.argument() + mo("⏟", stretchy="true")), "brace"
         if name == "overbrace": return tag("mover", self.argument() + mo("⏞", stretchy="true")), "brace"
-        if name in ("xrightarrow", "xleftarrow"): return tag("mover", mo("⟶" if name == "xrightarrow" else "⟵", stretchy="true") + self.argument()), "rel"
+        if name in ("xrightarrow", "xleftarrow"): return tag("mover", mo("→" if name == "xrightarrow" else "←", stretchy="true") + self.argument()), "rel"
         if name == "frac": return tag("mfrac", self.argument() + self.argument()), "ord"
         if name in ("tfrac", "dfrac"): return tag("mstyle", tag("mfrac", self.argument() + self.argument()), displaystyle=str(name == "dfrac").lower(), scriptlevel="0"), "ord"
         if name == "binom": return tag("mrow", mo("(") + tag("mfrac", self.argument() + self.argument(), linethickness="0") + mo(")")), "ord"
@@ -211,7 +212,7 @@ class Parser:
         if name.rstrip("lrm") in SIZES and name not in FUNCTIONS:
             size, (sign, kind) = SIZES[name.rstrip("lrm")], self.fence()
             form = {"open": {"form": "prefix"}, "close": {"form": "postfix"}}.get(kind, {})
-            return mo(sign, stretchy="true", symmetric="true", minsize=f"{size}em", maxsize=f"{size}em", lspace="0", rspace="0", **form), kind
+            return tag("mrow", mo(sign, stretchy="true", symmetric="true", minsize=f"{size}em", maxsize=f"{size}em", lspace="0", rspace="0", **form)), kind      # a row of its own keeps its size under a script
         if name in ("displaystyle", "textstyle", "limits", "nolimits", "scriptstyle"): return None      # sizes are the browser's
         if name == "begin":
             kind = self.raw()
@@ -230,8 +231,10 @@ def mathml(tex, block=False):
 
 def _write(translator, node, block):
     try: made = mathml(node.astext(), block)
-    except FormulaError as error: raise SphinxError(f"{translator.builder.current_docname}: the formula {node.astext().strip()!r}: {error}") from None
-    translator.body.append(f'<div class="formula">{made}</div>\n' if block else f'<span class="formula">{made}</span>')
+    except FormulaError as error:
+        logger.warning("the formula %r: %s", node.astext().strip(), error, location=node)
+        made = f"<code>{html.escape(node.astext())}</code>"
+    translator.body.append(f'<div class="formula">{made}</div>\n' if block else f'<span class="formula{" long" * (len(node.astext()) > 40)}">{made}</span>')
     raise SkipNode
 
 

@@ -36,6 +36,6 @@ def page(pages, folder):
         for p in (p for p in pages if p.part == part and p.figures):
             cell, png = choose(p.figures)
             thumbnail(png, folder/f"{p.path.stem}.png")
-            items.append(f"- [![](thumbs/{p.path.stem}.png)<br>{p.name}](../{p.doc}.ipynb)")
+            items.append(f"- [![](thumbs/{p.path.stem}.png){p.name}](../{p.doc}.ipynb)")
         if items: said += [f"## {title}", "```{container} gallery\n" + "\n".join(items) + "\n```"]
     return "\n\n".join(said) + "\n"

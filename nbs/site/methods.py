@@ -60,7 +60,7 @@ def page(pages):
         learns = catalog.TASKS.get(entry.task) if shared.count(entry.target) > 1 else None        # fpi, pii, nsa are one network and another task
         taught = by_module[learns.target.split(":")[0].removeprefix("anomaly_nb.")] if learns else None
         chapters = ", ".join(f"[{c.name}](../{c.doc}.ipynb)" for c in (chapter, taught) if c)
-        return [f"{{py:obj}}`{name} <{module}.{target}>`", entry.about, papers.of(name, docstring(entry)), chapters, " and ".join(f"{d}D" for d in entry.dims)]
+        return [f"{{py:obj}}`{name} <{module}.{target}>`", entry.about, papers.of(name, docstring(entry)), chapters, ", ".join(f"{d}D" for d in entry.dims)]
 
     head = ["name", "what it is", "paper", "chapter", "works in"]
     said = ["# Methods", "Every component that an experiment can name, from the catalog of the library: `anomaly-nb run evaluate -p model=sae -p detector=ocsvm`. A name leads to its reference, a paper to the bibliography."]

@@ -30,7 +30,7 @@ test: .venv/ready  ## export check, every notebook, pytest
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing --skip-folder-re '^[_.]|^tutorials'     # pytest executes those, with their exercises
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=10 --ignore=tests/test_house.py
 
-test-system: .venv/ready  ## kills, faults and a real browser
+test-system: .venv/docs-ready  ## kills, faults and a real browser
 	$(BIN)/python -m pytest tests/system -rs --durations=10
 
 bench: .venv/ready  ## speed as ratios, side by side
@@ -49,8 +49,12 @@ outputs: export  ## execute the chapters and store their outputs
 checkpoints: export  ## train again the small networks that notebooks load (nbs/checkpoints)
 	$(BIN)/python tests/outputs.py checkpoints
 
-docs: .venv/ready  ## the notebooks as web pages, in _docs/
-	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb nbs/data/*.ipynb nbs/tasks/*.ipynb nbs/models/*.ipynb nbs/detectors/*.ipynb nbs/metrics/*.ipynb nbs/methods/*.ipynb nbs/tutorials/*.ipynb
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: .venv/docs-ready  ## the course as a web site, in _docs/, from the stored outputs
+	$(BIN)/python nbs/site/build.py
 
 gpu-check:  ## every model of the catalog on a GPU against the CPU (needs a CUDA device)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu_check.py

@@ -168,8 +168,9 @@ def _file_of(name, own=None):
 # %% ../nbs/725_parameters.ipynb #c018b
 def own_modules(parameters):
     "Modules of your own that a text of the parameters names as `module:Class`, and what they import from the same folder (installed ones: the same package): `{name: normalised source}`. None of them is imported."
-    found, beside = {}, catalog.own_folder()
-    for module in sorted({m[1] for v in parameters.values() if isinstance(v, str) for m in catalog.OWN.finditer(v)}):
+    found, named = {}, sorted({m[1] for v in parameters.values() if isinstance(v, str) for m in catalog.OWN.finditer(v)})
+    beside = catalog.own_folder() if named else None
+    for module in named:
         package = module.partition(".")[0]
         try: spec = importlib.util.find_spec(package)
         except (ImportError, ValueError): continue

@@ -279,4 +279,4 @@ def links(root):
     return problems
 
 
-RULES = [floors, light_imports, one_notebook_a_module, no_orphan_module, library_is_fresh, parameters_tags, experiments_define_nothing, sizes, unique_names, opening, outputs_fresh, outputs_without_paths, readme_from_index, checkpoints_used, links]
+RULES = [floors, light_imports, one_notebook_a_module, no_orphan_module, library_is_fresh, parameters_tags, experiments_define_nothing, sizes, unique_names, opening, outputs_fresh, outputs_without_paths, readme_from_index, checkpoints_used, links, opens_and_closes]

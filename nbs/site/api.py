@@ -141,12 +141,12 @@ def pages(notebooks):
             if ast.get_docstring(node): out.append(f".. py:method:: {owner}.{node.name}{arguments(node, True)}\n\n   .. container:: origin\n\n{origin(p, cell, 6)}\n\n{told(ast.get_docstring(node), index, 3)}")
         made[name] = "\n\n".join(out) + "\n"
     listed = []
-    for part, (title, *_) in PARTS.items():
+    for part, (title, *_, about) in PARTS.items():
         own = [p for p in parsed if p.part == part]
         if not own: continue
         rows = [f":doc:`anomaly_nb.{p.module} <anomaly_nb.{p.module}>`\n   {told(p.line, index, 0)}" for p in own]
         made[part] = "\n\n".join([f"{title}\n{'=' * len(title)}", "\n\n".join(rows), ".. toctree::\n   :hidden:\n\n" + "\n".join(f"   {p.module} <anomaly_nb.{p.module}>" for p in own)]) + "\n"
-        listed.append(part)
+        listed.append(f":doc:`{title} <{part}>`\n   {told(about, index, 0)}")
     made["index"] = "\n\n".join(["Reference\n=========", "The public functions, classes and constants of the library, with their docstrings. *Cell* leads to the cell of the notebook that defines a thing: there it is explained, used and tested. "
-                                  "All names: :ref:`genindex`; all modules: :ref:`modindex`.", ".. toctree::\n   :maxdepth: 2\n\n" + "\n".join(f"   {part}" for part in listed)]) + "\n"
+                                  "All names: :ref:`genindex`; all modules: :ref:`modindex`.", "\n\n".join(listed), ".. toctree::\n   :hidden:\n\n" + "\n".join(f"   {part}" for part in PARTS if part in made)]) + "\n"
     return made

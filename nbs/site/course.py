@@ -2,7 +2,7 @@
 import ast
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -30,7 +30,6 @@ class Notebook:
     "A notebook of the course. `doc`: its page, as a path below nbs/ without ending."
     path: Path
     part: str = ""
-    nb: dict = field(default=None, repr=False, compare=False)
 
     @cached_property
     def cells(self): return json.loads(self.path.read_text(encoding="utf-8"))["cells"]
@@ -45,19 +44,16 @@ class Notebook:
     def title(self): return re.match(r"# (.+)", text(self.cells[0])).group(1).strip()
 
     @property
-    def name(self): return f"{self.number} {self.title.removeprefix('Tutorial: ')}".strip()
+    def name(self):
+        "Number and title, for lists."
+        title = self.title.removeprefix("Tutorial: ").removeprefix("Experiment: ")
+        return f"{self.number} {title[0].upper() + title[1:]}".strip()
 
     @cached_property
     def line(self): return next(iter(re.findall(r"^> (.+)$", text(self.cells[0]), re.M)), "")
 
     @cached_property
     def module(self): return next((m for c in self.cells if c["cell_type"] == "code" for m in re.findall(r"^#\|\s*default_exp\s+(\S+)", text(c), re.M)), None)
-
-    @cached_property
-    def takes(self):
-        "`It takes ...` of the opening, or nothing."
-        found = [m for c in self.cells[:6] if c["cell_type"] == "markdown" for m in re.findall(r"^(?:- )?\*\*It takes\*\* (.+)$", text(c), re.M)]
-        return found[0].strip() if found else ""
 
     @property
     def figures(self):

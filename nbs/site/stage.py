@@ -49,7 +49,8 @@ def cells_of(page):
         cell = {k: v for k, v in cell.items() if k in ("cell_type", "id", "outputs", "execution_count")} | {"metadata": {"tags": tags}}
         if cell["cell_type"] == "markdown":
             heading = (re.findall(r"^#+ (.+)$", source, re.M) or [heading])[-1].replace("`", "").replace("*", "")
-            source = outside(re.sub(r"\n+</details>", "\n\n</details>", source), page.path.parent)
+            source = re.sub(r"(?<=[^\n\\])\n(?=\*\*(?:You need|It takes)\*\*)", "\\\\\n", re.sub(r"\n+</details>", "\n\n</details>", source))      # each on a line of its own
+            source = outside(source, page.path.parent)
             if not n and page.part: source = source.rstrip() + "\n\n" + opening(page)
         elif cell["cell_type"] == "code":
             marks = _MARK.findall(source)
@@ -84,7 +85,6 @@ def toctree(entries, *options):
 def part_page(part, pages):
     "A part of the course: what it is about, and its chapters with a line for each."
     title, _, digit, about = PARTS[part]
-    rows = [f"- [{p.name}](../../{p.doc}.ipynb)\n  : {p.line}" + (f" {{small}}`{p.takes}`" if 0 else "") for p in pages]
     head = f"{digit} · {title}" if digit else title
     return "\n\n".join([f"# {head}", about, "\n".join(f"[{p.name}](../../{p.doc}.ipynb)\n: {p.line}\n" for p in pages), toctree([f"{p.name} </{p.doc}>" for p in pages], ":hidden:")]) + "\n"
 

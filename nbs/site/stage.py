@@ -63,6 +63,7 @@ def cells_of(page):
                 data = {k: v for k, v in output.get("data", {}).items() if k not in WIDGETS}
                 if "data" in output and set(output["data"]) & set(WIDGETS) and set(data) <= {"text/plain"}: continue      # a widget alone: its fallback is another output
                 if set(data) > {"text/plain"}: data.pop("text/plain")
+                if "text/html" in data: data["text/html"] = re.sub(r"<a\b[^>]*href=[\"'](?!https?:)[^>]*>(.*?)</a>", r"<span>\1</span>", "".join(data["text/html"]), flags=re.S)      # a link within the report of a run
                 outputs.append(output | ({"data": data, "metadata": {}} if "data" in output else {}))
             cell["outputs"], cell["execution_count"] = outputs, None
             for output in outputs: output.pop("execution_count", None) if output["output_type"] != "execute_result" else output.update(execution_count=None)

@@ -363,7 +363,7 @@ def test_every_widget_answers_mouse_and_keyboard(desk, tmp_path):
                 page.click(latent.handle("row")); page.key(press)
                 latent.changed(before)
             row, code = int(latent.reads("row")), s["codes"][:, int(latent.reads("row")), 1]
-            latent.shows({"cell": f"row {row}, column 1", "far": float(np.linalg.norm(code)), "distance to the nearest": float(np.linalg.norm(s["bank"] - code, axis=1).min()), "far: healthy below": f"{(np.linalg.norm(s['bank'], axis=1) < np.linalg.norm(code)).mean():.1%}"})
+            latent.shows({"cell": f"row {row}, column 1", "far": float(np.linalg.norm(code)), "nearest at": float(np.linalg.norm(s["bank"] - code, axis=1).min()), "far rank": f"{(np.linalg.norm(s['bank'], axis=1) < np.linalg.norm(code)).mean():.1%}"})
         take("latent")
 
         lesion = Widget(page, 5)

@@ -60,4 +60,4 @@ gpu-check:  ## every model of the catalog on a GPU against the CPU (needs a CUDA
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu_check.py
 
 clean:  ## forget the environment and everything made
-	rm -rf .venv runs data/cohorts data/cache _docs
+	rm -rf .venv runs data/cohorts data/cache _docs _docs.*.tmp

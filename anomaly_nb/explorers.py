@@ -136,9 +136,9 @@ class LatentView:
         return order, d[order]
 
     def numbers(self, row, column):
-        "{label: number} of one cell: nearest distance, and for each scorer the score and the share of healthy vectors that score lower."
-        found = {"cell": f"row {row}, column {column}" + ("" if self.cells[row, column] else " (outside of the organ)"), "distance to the nearest": float(self.nearest(row, column)[1][0])}
-        for name in self.scores: found |= {name: float(self.scores[name][row, column]), f"{name}: healthy below": f"{self.ranks[name][row, column]:.1%}"}
+        "{label: number} of one cell: distance to the nearest, and for each scorer the score and its rank, the share of healthy vectors that score lower."
+        found = {"cell": f"row {row}, column {column}" + ("" if self.cells[row, column] else " (outside of the organ)"), "nearest at": float(self.nearest(row, column)[1][0])}
+        for name in self.scores: found |= {name: float(self.scores[name][row, column]), f"{name} rank": f"{self.ranks[name][row, column]:.1%}"}
         return found
 
     def patch(self, row, column):
@@ -186,7 +186,7 @@ def latent_explorer(image, codes, bank, patches, scorers, normals=None, cells=No
     h, w = latent.cells.shape
     order = np.argwhere(latent.cells)[np.argsort(next(iter(latent.scores.values()))[latent.cells], kind="stable")]
     stills = {name: dict(zip(("row", "column"), map(int, order[n]))) | dict(colour=next(iter(scorers))) for name, n in (("highest", -1), ("in the middle", len(order)//2), ("lowest", 0))}
-    live, size = is_live() if live is None else live, max(12, min(28, 380//max(h, w)))
+    live, size = is_live() if live is None else live, max(12, min(28, 300//max(h, w)))
     board = ipywidgets.Image(format="png") if live else None
 
     def draw(place, row, column, colour):

@@ -48,7 +48,7 @@ def numbers_lines(numbers, width):
 
 def numbers_table(numbers):
     "{label: number} as a small HTML table: labels above, numbers below."
-    cell = 'style="padding:2px 10px;text-align:center"'
+    cell = 'style="padding:2px 10px;text-align:center;white-space:nowrap"'
     heads, values = ("".join(f"<{tag} {cell}>{html.escape(text)}</{tag}>" for text in texts) for tag, texts in (("th", numbers), ("td", map(number_text, numbers.values()))))
     return f'<table aria-live="polite"><tr>{heads}</tr><tr>{values}</tr></table>' if numbers else ""
 

@@ -19,6 +19,7 @@ myst_enable_extensions = ["dollarmath", "deflist", "attrs_inline"]
 myst_dmath_allow_labels = False
 myst_dmath_double_inline = True          # $$ in the middle of a paragraph, as JupyterLab takes it
 myst_heading_anchors = 3
+smartquotes = False                         # quotation marks stay as they were written
 highlight_language = "none"
 pygments_dark_style = "a11y-dark"
 python_maximum_signature_line_length = 90

@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from course import PARTS, alt_of, text
+from course import PARTS
 
 SIZE = (300, 200)
 

@@ -2,7 +2,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import api
 import gallery
@@ -49,9 +48,9 @@ def cells_of(page):
         cell = {k: v for k, v in cell.items() if k in ("cell_type", "id", "outputs", "execution_count")} | {"metadata": {"tags": tags}}
         if cell["cell_type"] == "markdown":
             heading = (re.findall(r"^#+ (.+)$", source, re.M) or [heading])[-1].replace("`", "").replace("*", "")
-            source = re.sub(r"(?<=[^\n\\])\n(?=\*\*(?:You need|It takes)\*\*)", "\\\\\n", re.sub(r"\n+</details>", "\n\n</details>", source))      # each on a line of its own
+            source = re.sub(r"(?<=[.)])[ \n](?=\*\*(?:You need|It takes)\*\*)", "\\\\\n", re.sub(r"\n+</details>", "\n\n</details>", source))      # each on a line of its own
             source = outside(source, page.path.parent)
-            if not n and page.part: source = source.rstrip() + "\n\n" + opening(page)
+            if not n and page.part: source = re.sub(r"(\n> .+)(?=\n|\Z)", lambda m: f"{m.group(1)}\n\n{opening(page)}", source, count=1)
         elif cell["cell_type"] == "code":
             marks = _MARK.findall(source)
             if {"hide", "default_exp"} & set(marks): continue
@@ -106,7 +105,7 @@ def stage(into):
         shutil.copy(picture, into/picture.relative_to(NBS))
     for own in SITE.glob("*.md"): write(into/"site"/own.name, outside(own.read_text(encoding="utf-8"), SITE))
     contributing = ROOT/"CONTRIBUTING.md"
-    if contributing.exists(): write(into/"site"/"contributing.md", re.sub(r"\]\(nbs/site/", "](", re.sub(r"\]\(nbs/(?!site/)", "](../", contributing.read_text(encoding="utf-8"))))
+    if contributing.exists(): write(into/"site"/"contributing.md", re.sub(r"\]\(nbs/", "](../", outside(contributing.read_text(encoding="utf-8"), ROOT)))
     for part in PARTS: write(into/"site"/"parts"/f"{part}.md", part_page(part, [p for p in pages if p.part == part]))
     write(into/"site"/"gallery.md", gallery.page(pages, into/"site"/"thumbs"))
     write(into/"site"/"methods.md", methods.page(pages))

@@ -20,7 +20,7 @@ def tree(tmp_path):
     "A copy of the tree to plant a fault in."
     for name in ("nbs", "anomaly_nb", "README_files"):
         if (ROOT/name).is_dir(): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("pyproject.toml", "constraints.txt", "README.md"): shutil.copy(ROOT/name, tmp_path/name)
+    for name in ("pyproject.toml", "constraints.txt", "README.md", "CONTRIBUTING.md"): shutil.copy(ROOT/name, tmp_path/name)
     return tmp_path
 
 

@@ -47,7 +47,7 @@ class Notebook:
     def name(self):
         "Number and title, for lists."
         title = self.title.removeprefix("Tutorial: ").removeprefix("Experiment: ")
-        return f"{self.number} {title[0].upper() + title[1:]}".strip()
+        return f"{self.number} {title if title == self.title else title[0].upper() + title[1:]}".strip()
 
     @cached_property
     def line(self): return next(iter(re.findall(r"^> (.+)$", text(self.cells[0]), re.M)), "")

@@ -111,6 +111,18 @@ def test_the_check_of_links_sees_what_is_broken(tmp_path):
     assert len(found) == 5 and outside == ["https://x.org"] and not [f for f in found if "#here" in f]
 
 
+@pytest.mark.parametrize("said, whole", [("[a](b.md), $x^2$", True), ("[a](gone.ipynb)", False), ("[a](b.md#gone)", False), (r"$\unheardof x$", False)])
+def test_a_page_that_is_wrong_fails_the_build_and_the_old_site_stays(tmp_path, said, whole):
+    (tmp_path/"_docs").mkdir()
+    (tmp_path/"_docs"/"old.html").write_text("old")
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import build; from pathlib import Path\n"
+              "def stage(into):\n into.mkdir()\n (into/'index.md').write_text(f'# A\\n\\n{sys.argv[3]}\\n\\n```{{toctree}}\\nb\\n```\\n')\n (into/'b.md').write_text('# B\\n')\n return []\n"
+              "build.stage = stage; sys.exit(build.build(Path(sys.argv[2])))")
+    done = subprocess.run([sys.executable, "-c", script, NBS/"site", tmp_path/"_docs", said], capture_output=True, text=True, timeout=300)
+    assert (done.returncode == 0) == whole, done.stderr
+    assert (tmp_path/"_docs"/"old.html").exists() != whole and [p.name for p in tmp_path.iterdir()] == ["_docs"]
+
+
 def test_every_picture_has_words_or_says_that_it_needs_none(site, pages):
     bare = [(name, i.get("src", "")[:80]) for name, page in pages.items() for i in page.images if "alt" not in i or re.search(r"\.(png|svg|jpe?g)$", i["alt"])]
     assert bare == []

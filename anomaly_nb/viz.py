@@ -8,6 +8,7 @@ __all__ = ['COLOURS', 'TRUTH', 'ANOMALY', 'STYLE', 'best_slice', 'plane', 'show_
 
 # %% ../nbs/020_viz.ipynb #c003
 import io
+import sys
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -16,6 +17,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 
 from .core import DataError
+
+if "IPython" in sys.modules and sys.modules["IPython"].get_ipython(): plt.draw_if_interactive()      # in a notebook: load now what shows figures. Loaded within the context of a style (`rc_context`) it would be switched off where that ends, and no later figure would appear
 
 # %% ../nbs/020_viz.ipynb #c007
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")

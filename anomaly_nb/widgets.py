@@ -12,6 +12,7 @@ import html
 import io
 import math
 import textwrap
+import threading
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -22,8 +23,6 @@ from matplotlib.patches import Patch
 from .arrays import components
 from .core import DataError, ParameterError
 from .viz import COLOURS, STYLE, best_slice, figure_png, is_live, map_limits, plane, show_image, show_map
-
-plt.draw_if_interactive()      # loads what shows figures. Loaded within the context of a style (`rc_context`) it would be switched off where that ends, and no later figure would appear
 
 # %% ../nbs/022_widgets.ipynb #c009
 class Still(Figure):
@@ -57,7 +56,7 @@ class Live(ipywidgets.VBox):
     "Widgets `controls` {name: widget} over numbers and a picture; `draw(figure, **values) -> {label: number}` makes both anew whenever a control moves. `follow` {name: f(value) -> {other: value}}: controls that move along."
     def __init__(self, draw, controls, size=(4.2, 4.2), title=None, follow=None):
         super().__init__(_dom_classes=("anomaly-nb-live",))
-        self.draw, self.controls, self.size, self.follow, self.numbers, self._held = draw, controls, size, follow or {}, {}, False
+        self.draw, self.controls, self.size, self.follow, self.numbers, self._held, self._turn = draw, controls, size, follow or {}, {}, False, threading.RLock()
         self.picture, self.text = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width=f"{80*size[0]:.0f}px", max_width="100%", align_self="flex-start")), ipywidgets.HTML()
         for name, control in controls.items(): control.observe(lambda change, name=name: self.moved(name), "value")
         self.refresh()
@@ -66,15 +65,17 @@ class Live(ipywidgets.VBox):
 
     def moved(self, name):
         "A control was moved by hand: others follow, and all is drawn."
-        if not self._held: self.move(**self.follow.get(name, lambda value: {})(self.controls[name].value))
+        with self._turn:
+            if not self._held: self.move(**self.follow.get(name, lambda value: {})(self.controls[name].value))
 
     def move(self, **values):
         "Sets several controls, and draws once."
-        self._held = True
-        try:
-            for name, value in values.items(): self.controls[name].value = value
-        finally: self._held = False
-        self.refresh()
+        with self._turn:
+            self._held = True
+            try:
+                for name, value in values.items(): self.controls[name].value = value
+            finally: self._held = False
+            self.refresh()
 
     def refresh(self):
         "Draws the present position. An error is written in red where the numbers stand, and raised."
@@ -106,9 +107,8 @@ def panel(draw, controls, stills, size=(4.2, 4.2), still_size=(2.3, 2.6), across
     if is_live() if live is None else live: return Live(draw, controls(), size, title, follow)
     n, (width, height) = len(stills), still_size
     fig = Still(figsize=(width*n, height) if across else (width, height*n), dpi=STYLE["figure.dpi"], layout="constrained")
-    fig.numbers = {}
     with plt.rc_context(STYLE):
-        places = fig.subfigures(*(1, n) if across else (n, 1), squeeze=False).flat
+        fig.numbers, places = {}, fig.subfigures(*(1, n) if across else (n, 1), squeeze=False).flat
         for place, (caption, values) in zip(places, stills.items()):
             fig.numbers[caption] = numbers = draw(place, **values) or {}
             place.suptitle(caption, fontsize=10)
@@ -142,7 +142,7 @@ def map_browser(image, anomaly_map, mask=None, foreground=None, title=None, live
 
     All [H,W], [D,H,W] or [1,D,H,W]. Numbers of the slice: voxels above the lower limit, inside the truth and outside. Errors: `DataError`."""
     image, found = as_volume(image), as_volume(anomaly_map).astype(float)
-    truth, inside = (as_volume(a if a is not None else np.full(found.shape, fill)) > 0 for a, fill in ((mask, False), (foreground, True)))
+    truth, inside = (as_volume(np.full(found.shape, fill) if a is None else a) > 0 for a, fill in ((mask, False), (foreground, True)))
     if not image.shape == found.shape == truth.shape == inside.shape: raise DataError("map_browser", f"got shapes {image.shape[1:]}, {found.shape[1:]}, {truth.shape[1:]}, {inside.shape[1:]}", "image, map, mask and foreground on one grid")
     inside = inside & np.isfinite(found)
     low, high = map_limits([found], [inside])

@@ -19,15 +19,17 @@ def terms_of(doctree):
     for item in doctree.findall(nodes.definition_list_item):
         for term in item.findall(nodes.term):
             if not term["ids"]: continue
-            name, about = term.astext().split("\n")[0].strip(), " ".join(item[-1].astext().split())
+            name, about = term.astext().split("\n")[0].strip(), re.sub(r": \d{3}\b.*$", ".", " ".join(item[-1].astext().split()))      # up to the number of the chapter
             for spoken in spellings(name): found.setdefault(spoken, (term["ids"][0], about))
     return found
 
 
 def spellings(name):
-    "`average precision (AP)` is spoken `average precision` and `AP`; `a, b` and `a / b` are two."
-    inside = re.findall(r"\(([^)]+)\)", name)
-    return [s.strip() for part in [re.sub(r"\s*\([^)]*\)", "", name), *inside] for s in re.split(r",|;| / ", part) if len(s.strip()) > 1]
+    "`average precision (AP)` is spoken `average precision` and `AP`; `a, b` are two terms; `sink, source deformation` are `sink deformation` and `source deformation`: no link from every sink."
+    parts, inside = re.split(r", | / ", re.sub(r"\s*\([^)]*\)", "", name).strip()), re.findall(r"\(([^)]+)\)", name)
+    last = parts[-1].split()
+    heads = [p if len(p.split()) >= len(last) else f"{p} {last[-1]}" for p in parts]
+    return [s.strip() for part in [*heads, *inside] for s in part.split(",") if len(s.strip()) > 1]
 
 
 def pattern(terms):

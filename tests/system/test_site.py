@@ -18,13 +18,14 @@ from anomaly_nb import catalog
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/"nbs"
-sys.path.insert(0, str(NBS/"site"))
+sys.path.append(str(NBS/"site"))       # at the end: its build.py is not the package build
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="NOT RUN: no Chromium on this machine")
 if subprocess.run([sys.executable, "-c", "import furo, myst_nb"], capture_output=True).returncode:
     if os.environ.get("CI"): pytest.fail("NOT RUN: the extra docs is not installed, and CI is set", pytrace=False)
     pytest.skip("NOT RUN: the extra docs is not installed (make docs)", allow_module_level=True)
 import formulas
+import terms
 from course import notebooks
 
 
@@ -157,6 +158,15 @@ def test_terms_lead_to_the_glossary_once_a_page_and_never_from_code_or_headings(
         assert len(anchors) == len(set(anchors)), name
         assert not [inside for _, inside in page.terms if {"h1", "h2", "h3", "code", "pre", "math"} & set(inside) or "a" in inside], name
     assert not pages["site/glossary.html"].terms
+
+
+@pytest.mark.parametrize("term, said", [("twin", ["twin"]), ("average precision (AP)", ["average precision", "AP"]), ("true positive rate, sensitivity, recall", ["true positive rate", "sensitivity", "recall"]), ("sink, source deformation", ["sink deformation", "source deformation"])])
+def test_how_a_term_is_spoken(term, said): assert terms.spellings(term) == said
+
+
+def test_a_term_is_found_with_its_plural_and_not_within_words():
+    matcher = terms.pattern(["twin", "anomaly map", "AP", "pixel AP", "AUROC"])
+    assert [m.group(0) for m in matcher.finditer("Twins and twinned: anomaly\nmaps, pixel AP, AP, ap, APs, AUROC-like, co-twin, the map")] == ["Twins", "anomaly\nmaps", "pixel AP", "AP", "APs"]
 
 
 def test_the_tables_and_the_reference_are_complete(site, pages):

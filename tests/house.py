@@ -228,22 +228,24 @@ def readme_from_index(root, write=False):
 
 
 def loading(root):
-    "The notebooks that load trained networks, or train them."
-    return [p for p in notebooks(root) if default_exp(p) != "models.checkpoints" and any("load_or_train(" in text for text in code(p))]
+    "{notebook that loads trained networks, or trains them: its code}."
+    texts = {p: "\n".join(code(p)) for p in notebooks(root)}
+    return {p: text for p, text in texts.items() if "load_or_train(" in text and "default_exp models.checkpoints" not in text}
 
 
-def checkpoint_users(root):
-    "{name of a trained network that lies beside the notebooks: the notebook that has its name in quotes}."
-    texts = {p: "\n".join(code(p)) for p in loading(root)}
-    return {f.stem: p for f in sorted((root/"nbs"/"checkpoints").glob("*.safetensors")) for p, text in texts.items() if f'"{f.stem}"' in text}
+def checkpoint_users(root, readers=None):
+    "{name of a trained network that lies beside the notebooks: the notebook (of `readers`, see `loading`) that has its name in quotes}."
+    readers = loading(root) if readers is None else readers
+    return {f.stem: p for f in sorted((root/"nbs"/"checkpoints").glob("*.safetensors")) for p, text in readers.items() if f'"{f.stem}"' in text}
 
 
 def checkpoints_used(root):
     "Every trained network beside the notebooks is loaded by one, is listed with its origin, and together they stay below 10 MB; what a notebook would load is there."
-    folder, users = root/"nbs"/"checkpoints", checkpoint_users(root)
+    folder, readers = root/"nbs"/"checkpoints", loading(root)
+    users = checkpoint_users(root, readers)
     files = {p.stem: p for p in folder.glob("*.safetensors")}
     told = (folder/"README.md").read_text(encoding="utf-8") if (folder/"README.md").is_file() else ""
-    asked = {name: p for p in loading(root) for text in code(p) for name in re.findall(r'load_or_train\("([\w-]+)"', text)}
+    asked = {name: p for p, text in readers.items() for name in re.findall(r'load_or_train\("([\w-]+)"', text)}
     problems = [f"checkpoints/{n}: no notebook loads it" for n in files if n not in users] + [f"{p.name}: loads checkpoints/{n}, which is not there: make checkpoints" for n, p in asked.items() if n not in files]
     problems += [f"checkpoints/{n}: README.md does not name it: make checkpoints" for n in files if f"| {n} |" not in told]
     if (size := sum(p.stat().st_size for p in files.values())) > 10e6: problems.append(f"checkpoints: {size/1e6:.1f} MB, 10 at most")

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from ..core import InputError, ParameterError, seed_everything, settings, write_aside
+from ..core import InputError, ParameterError, seed_everything, settings
 from .fit import _identity, fit
-from .model import FORMAT, read_checkpoint, set_state
+from .model import read_checkpoint, save_model, set_state
 
 # %% ../../nbs/models/312_checkpoints.ipynb #c006
 def made_from(model, data, seed, judge=None):
@@ -75,9 +74,7 @@ def _seeded(seed, history):
 def _keep(model, file, about, history, seconds):
     "Writes a checkpoint, whole or not at all: weights, fitted buffers, and where they come from."
     file.parent.mkdir(parents=True, exist_ok=True)
-    words = {"format": FORMAT, "class": type(model).__name__, "hyper_parameters": json.dumps(dict(model.hparams), sort_keys=True), "made_from": json.dumps(about, sort_keys=True),
-             "history": json.dumps([{k: v for k, v in h.items() if k != "wait"} for h in history]), "seconds": f"{seconds:.1f}", "torch": torch.__version__.split("+")[0]}
-    with write_aside(file) as aside: save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, aside, metadata=words)
+    save_model(model, file, made_from=json.dumps(about, sort_keys=True), history=json.dumps([{k: v for k, v in h.items() if k != "wait"} for h in history]), seconds=f"{seconds:.1f}", torch=torch.__version__.split("+")[0])
 
 # %% ../../nbs/models/312_checkpoints.ipynb #c024
 def checkpoint_table(folder=None):

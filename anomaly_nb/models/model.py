@@ -144,13 +144,13 @@ class AnomalyModel(Part):
 # %% ../../nbs/models/300_model.ipynb #c030
 FORMAT = "anomaly_nb model 1"
 
-def save_model(model, path):
-    "Writes weights, fitted buffers and hyper-parameters to a safetensors file, whole or not at all. A hyper-parameter JSON cannot hold is a `ParameterError`."
+def save_model(model, path, **more):
+    "Writes weights, fitted buffers and hyper-parameters to a safetensors file, whole or not at all; `more`: texts for its header. A hyper-parameter JSON cannot hold is a `ParameterError`."
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     try: settings = json.dumps(dict(model.hparams), sort_keys=True)
     except TypeError as error: raise ParameterError(type(model).__name__, f"hyper-parameters cannot be saved ({error})", "numbers, strings, lists, None") from None
     with write_aside(path) as aside:
-        save_file(tensors, aside, metadata={"format": FORMAT, "class": type(model).__name__, "hyper_parameters": settings})
+        save_file(tensors, aside, metadata={"format": FORMAT, "class": type(model).__name__, "hyper_parameters": settings} | more)
     return Path(path)
 
 # %% ../../nbs/models/300_model.ipynb #c031

@@ -12,6 +12,8 @@ import house
 from house import ROOT
 
 STORED = ROOT/"nbs"/"checkpoints"
+READERS = house.loading(ROOT)
+USERS = house.checkpoint_users(ROOT, READERS)
 
 
 def curve(file):
@@ -20,12 +22,12 @@ def curve(file):
     return np.array([h["train_loss"] for h in json.loads(read_checkpoint(file)[0]["history"]) if h["train_loss"] is not None])
 
 
-@pytest.mark.parametrize("path", house.loading(ROOT), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", list(READERS), ids=lambda p: p.stem)
 def test_a_network_is_what_its_cell_trains(path, tmp_path, monkeypatch):
-    names = [n for n, p in house.checkpoint_users(ROOT).items() if p == path]
+    names = [n for n, p in USERS.items() if p == path]
     copy = tmp_path/path.relative_to(ROOT)
     copy.parent.mkdir(parents=True)
-    for name in ("settings.ini",): shutil.copy(ROOT/name, tmp_path)
+    shutil.copy(ROOT/"settings.ini", tmp_path)
     nb = nbformat.read(path, 4)
     nb.cells = [c for c in nb.cells if c.cell_type == "code" and not c.source.startswith(("#| exercise", "#| slow", "#| gpu", "#| notest"))]
     last = max(i for i, c in enumerate(nb.cells) if "load_or_train(" in c.source)

@@ -1,6 +1,12 @@
 # anomaly_nb: `make demo` and `make test` do everything on a machine with Python 3.11+ and make.
 PYTHON ?= python3
 BIN    := .venv/bin
+# this environment's JupyterLab: long lines of code are wrapped, not cut; no question about news
+define LAB_SETTINGS
+{"@jupyterlab/notebook-extension:tracker": {"codeCellConfig": {"lineWrap": true}},
+ "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
+endef
+export LAB_SETTINGS
 # one thread a process: two notebooks side by side must not fight for the cores
 export OMP_NUM_THREADS = 1
 export MKL_NUM_THREADS = 1
@@ -36,8 +42,10 @@ test-system: .venv/docs-ready  ## kills, faults and a real browser
 bench: .venv/ready  ## speed as ratios, side by side
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-lab: .venv/ready  ## JupyterLab
-	$(BIN)/jupyter lab nbs/index.ipynb
+lab: .venv/ready  ## JupyterLab on the map of the course (also as root, in a container)
+	@mkdir -p .venv/share/jupyter/lab/settings
+	@printf '%s\n' "$$LAB_SETTINGS" > .venv/share/jupyter/lab/settings/overrides.json
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 export: .venv/ready  ## notebooks -> library, and README from the index
 	$(BIN)/nbdev-export

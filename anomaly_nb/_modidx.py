@@ -4348,7 +4348,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'anomaly_nb.viz._numpy': ('viz.html#_numpy', 'anomaly_nb/viz.py'),
                                 'anomaly_nb.viz._row_index': ('viz.html#_row_index', 'anomaly_nb/viz.py'),
                                 'anomaly_nb.viz.best_slice': ('viz.html#best_slice', 'anomaly_nb/viz.py'),
-                                'anomaly_nb.viz.browse': ('viz.html#browse', 'anomaly_nb/viz.py'),
                                 'anomaly_nb.viz.figure_png': ('viz.html#figure_png', 'anomaly_nb/viz.py'),
                                 'anomaly_nb.viz.is_live': ('viz.html#is_live', 'anomaly_nb/viz.py'),
                                 'anomaly_nb.viz.map_limits': ('viz.html#map_limits', 'anomaly_nb/viz.py'),

@@ -1,5 +1,5 @@
-"""`outputs.py store [NOTEBOOK ...]`: execute chapters and keep their outputs and what they cost; `costs`: what they say they cost beside what they did;
-`checkpoints`: train again what lies in nbs/checkpoints; `readme`: README.md from the index."""
+"""`outputs.py store [NOTEBOOK ...]`: execute chapters and keep their outputs and what they cost; `measure [NOTEBOOK ...]`: only what they cost;
+`costs`: what they say they cost beside what they did; `checkpoints`: train again what lies in nbs/checkpoints; `readme`: README.md from the index."""
 import base64
 import io
 import json
@@ -58,6 +58,18 @@ def store(paths):
         print(drift(path))
 
 
+def measure(paths):
+    "Executes chapters for what they cost alone: their outputs stay as they are."
+    for path in paths:
+        kept = path.read_bytes()
+        try: cost = execute(path)
+        finally: path.write_bytes(kept)
+        nb = json.loads(kept)
+        nb["metadata"].setdefault("anomaly_nb", {})["cost"] = cost
+        path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        print(drift(path), flush=True)
+
+
 def checkpoints(paths=()):
     "Trains all that lies in nbs/checkpoints again (or what these notebooks load), by executing the notebooks, and writes down where each file comes from."
     from anomaly_nb.models.checkpoints import checkpoint_table
@@ -82,6 +94,7 @@ if __name__ == "__main__":
         stale = [p for p in house.notebooks(house.ROOT) if house.keeps_outputs(p)]
         store(named or stale)
         house.readme_from_index(house.ROOT, write=True)
+    elif sys.argv[1:2] == ["measure"]: measure([Path(p).resolve() for p in sys.argv[2:]] or [p for p in house.notebooks(house.ROOT) if house.keeps_outputs(p)])
     elif sys.argv[1:] == ["costs"]: print(*(drift(p) for p in house.notebooks(house.ROOT) if house.keeps_outputs(p)), sep="\n")
     elif sys.argv[1:2] == ["checkpoints"]: checkpoints([Path(p).resolve() for p in sys.argv[2:]])
     elif sys.argv[1:] == ["readme"]: house.readme_from_index(house.ROOT, write=True)

@@ -13,9 +13,12 @@ TUTORIALS = sorted((ROOT/"nbs"/"tutorials").glob("*.ipynb"))
 def steps(path):
     "The notebook as a list of ('code', text) and ('exercise', stub, check, solution)."
     cells, found, waiting = json.loads(path.read_text(encoding="utf-8"))["cells"], [], []
-    for cell in cells:
+    for above, cell in zip([None, *cells], cells):
         text = "".join(cell["source"])
-        if cell["cell_type"] == "code" and re.match(r"#\|\s*exercise", text): waiting.append(text)
+        if cell["cell_type"] == "code" and re.match(r"#\|\s*exercise", text):
+            assert waiting or above["cell_type"] == "markdown" and re.search(r"^#+ Exercise(?!.*^#)", "".join(above["source"]), re.M | re.S), f"{path.name}: a stub stands right below the text of its exercise"
+            assert "raises-exception" in cell["metadata"].get("tags", ()), f"{path.name}: a cell marked #| exercise needs the tag raises-exception, for Run All to go on behind an unsolved stub"
+            waiting.append(text)
         elif cell["cell_type"] == "code": found.append(("code", text))
         elif waiting:
             solution = re.search(r"<details><summary>Solution</summary>.*?```python\n(.*?)```", text, re.S)

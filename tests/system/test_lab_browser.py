@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -411,6 +412,36 @@ def test_the_first_tutorial_as_a_whole(desk, tmp_path):
             assert abs(float(n["Dice"]) - 2*TP/(2*TP + FP + FN)) < 6e-4
         assert int(low["TP"]) > int(high["TP"]) and int(low["FP"]) > int(high["FP"])
         take("threshold")
+
+
+def test_make_lab_opens_the_map(tmp_path):
+    "The second command of a newcomer: JupyterLab opens on the index without a question, and a click leads to the first tutorial."
+    asked = tmp_path/"asked"
+    (tmp_path/"browser").write_text(f"#!/bin/sh\necho \"$1\" > {asked}.part && mv {asked}.part {asked}\n")
+    (tmp_path/"browser").chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JUPYTER")} | {"BROWSER": f"{tmp_path/'browser'} %s", "IPYTHONDIR": str(tmp_path/"ipython")} | {f"JUPYTER{n}_DIR": str(tmp_path/f"jupyter{n}") for n in ("_CONFIG", "_DATA", "_RUNTIME", "LAB_SETTINGS", "LAB_WORKSPACES")}
+    page, left = None, []
+    with open(tmp_path/"make.log", "w+") as log:
+        make = subprocess.Popen(["make", "lab"], cwd=ROOT, env=env, stdout=log, stderr=log, preexec_fn=dies_with_us)
+        try:
+            page = Page(tmp_path)
+            page.until(lambda: asked.is_file() or make.poll() is not None, 90, "JupyterLab to ask for a browser")
+            assert asked.is_file(), (tmp_path/"make.log").read_text()[-2000:]
+            door = Path(asked.read_text().strip().removeprefix("file://")).read_text()               # a page that leads on, with the token
+            with watched(page, "lab", tmp_path) as take:
+                page.call("Page.navigate", url=re.search(r'href="([^"]+)"', door)[1].replace("localhost", "127.0.0.1"))
+                page.until("document.querySelector('.jp-Notebook h1')?.textContent.startsWith('anomaly_nb')", 60, "the index")
+                time.sleep(1)                                                      # a question would come now
+                assert not page.js("document.querySelectorAll('.jp-Dialog, .Toastify__toast').length")
+                take("index")
+                page.click("[...document.querySelectorAll('.jp-RenderedMarkdown a')].find(a => a.getAttribute('href')?.includes('800_') || a.textContent === 'first anomaly map')")
+                page.until("[...document.querySelectorAll('.jp-Notebook h1')].some(h => h.textContent.startsWith('Tutorial: first anomaly map'))", 60, "the first tutorial")
+                page.until("!!document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell .cm-lineWrapping')", 15, "wrapped lines")
+                take("tutorial")
+        finally:
+            if page: left += page.stop()
+            left += end(make)
+    assert not left, f"still running: {left}"
 
 
 def test_nothing_is_left_after_a_failure(tmp_path):

@@ -64,6 +64,7 @@ def check_set(name, path="", size="tiny", contrast="", options=""):
 # %% ../nbs/738_data_commands.ipynb #c016
 def look_at_set(name, to, path="", size="tiny", contrast="", options="", count=4, seed=0):
     "Writes a PNG of `count` scans of a data set by chance to the file `to`, and prints its path. Returns 0. Errors: `ParameterError`, `DataError` naming a scan that cannot be read."
+    import matplotlib.pyplot as plt
     from anomaly_nb.core import write_aside
     from anomaly_nb.data.brain import brain_records
     from anomaly_nb.data.look import look_figure
@@ -74,6 +75,7 @@ def look_at_set(name, to, path="", size="tiny", contrast="", options="", count=4
     golden = brain_records("tiny", scan, pools=("train",))["train"][0] if name in BRAINS and scan in ("FLAIR", "T1", "T2") else None
     figure = look_figure(records, golden, count, seed)
     with write_aside(to) as aside: figure.savefig(aside, format="png")
+    plt.close(figure)
     print(f"{to}: {count if count < len(records) else len(records)} of {len(records)} scans" + (", the first row golden" if golden else ""))
     return 0
 

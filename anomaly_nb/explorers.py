@@ -10,11 +10,11 @@ __all__ = ['kept', 'dial', 'telling_seed', 'playground', 'click_grid', 'LatentVi
 import ipywidgets
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from .core import DataError, ParameterError, choose
 from .viz import ANOMALY, COLOURS, TRUTH, best_slice, is_live, map_limits, plane, show_image, show_map
-from .widgets import as_volume, look, number_text, panel, picture_bytes, view
+from .widgets import as_volume, look, number_text, panel, picture_bytes, tallness, view
 
 # %% ../nbs/024_explorers.ipynb #c006
 def kept(draw):
@@ -57,7 +57,7 @@ def dial(draw, values, name="level", start=None, stills=None, limits=None, preco
 
     def controls(): return {name: ipywidgets.SelectionSlider(options=[(number_text(v), v) for v in values], value=values[0] if start is None else start, continuous_update=False, **look(name))}
     rows = -(-len(first)//across)
-    return panel(show, controls, {f"{name} {number_text(v)}": {name: v} for v in stills}, size=(1.5*width*across, 1.5*height*rows), still_size=(width, height*len(first)), title=title, live=live)
+    return panel(show, controls, {f"{name} {number_text(v)}": {name: v} for v in stills}, size=(1.25*width*across, 1.25*height*rows), still_size=(width, height*len(first)), title=title, live=live)
 
 # %% ../nbs/024_explorers.ipynb #c011
 def telling_seed(at, name, share=.08, tries=12):
@@ -66,7 +66,7 @@ def telling_seed(at, name, share=.08, tries=12):
     return int(np.abs(np.array(covers) - share).argmin())
 
 def playground(tasks, sample, label=None, seeds=100, stills=None, title=None, live=None):
-    """Synthetic tasks {name: task(sample, rng) -> sample}: which, its seed, its strength; image, label, difference. Still: one invention of each of the tasks `stills` (default: all), at strength 1.
+    """Synthetic tasks {name: task(sample, rng) -> sample}: which, its seed, its strength; image, label, difference (white: half of the image's range). Still: one invention of each of the tasks `stills` (default: all), at strength 1.
 
     `sample`: a dict with `image` [C,*spatial] (and `foreground`); `label(difference [*spatial], changed bool) -> [*spatial]` in [0,1]. Of a volume the slice with most change. Errors: `ParameterError`."""
     if not tasks: raise ParameterError("tasks", "is empty", "{name: task}")
@@ -97,10 +97,12 @@ def playground(tasks, sample, label=None, seeds=100, stills=None, title=None, li
         return ({"task": task} if live else {}) | {"changed voxels": int(changed.sum()), "mean change": float(difference[changed].mean()) if changed.any() else 0., "mean label there": float(y[changed].mean()) if changed.any() else 0.}
 
     def controls():
-        return {"task": ipywidgets.SelectionSlider(options=list(tasks), value=chosen[0], continuous_update=False, **look("task")), "seed": ipywidgets.IntSlider(telling_seed(at, chosen[0]), 0, seeds - 1, continuous_update=False, **look("seed")),
+        return {"task": ipywidgets.SelectionSlider(options=list(tasks), value=chosen[0], continuous_update=False, readout=False, **look("task")),      # its name stands in the table
+                "seed": ipywidgets.IntSlider(telling_seed(at, chosen[0]), 0, seeds - 1, continuous_update=False, **look("seed")),
                 "strength": ipywidgets.FloatSlider(1, min=0, max=2, step=.1, continuous_update=False, **look("strength"))}
     live, chosen = is_live() if live is None else live, list(stills or tasks)
-    return panel(draw, controls, {name: dict(task=name, seed=telling_seed(at, name), strength=1.) for name in chosen[:1 if live else None]}, size=(8, 3.2), still_size=(max(1.1, min(2., 9/len(chosen))), 4.9), title=title, live=live)
+    tall = tallness(view(as_volume(organ) > 0)) if organ is not None else sample["image"].shape[-2]/sample["image"].shape[-1]
+    return panel(draw, controls, {name: dict(task=name, seed=telling_seed(at, name), strength=1.) for name in chosen[:1 if live else None]}, size=(7.2, 2.4*tall + .4), still_size=(max(1.1, min(2., 9/len(chosen))), 4.9), title=title, live=live)
 
 # %% ../nbs/024_explorers.ipynb #c016
 def click_grid(picture, usable, size, clicked):
@@ -128,6 +130,8 @@ class LatentView:
         self.scores = {name: np.asarray(score(everyone)).reshape(self.cells.shape) for name, score in scorers.items()}
         self.ranks = {name: np.searchsorted(np.sort(score(known)), self.scores[name])/len(known) for name, score in scorers.items()}
         self.band = np.percentile(self.bank, (5, 95), axis=0)
+        shown = np.concatenate([self.codes[:, self.cells].ravel(), self.band.ravel()])
+        self.reach = shown.min(), shown.max()
 
     def nearest(self, row, column):
         "Indices and Euclidean distances of the k nearest vectors of the bank."
@@ -167,13 +171,16 @@ def draw_cell(place, latent, row, column, board=None):
     grid = place.add_gridspec(2, latent.k + 1 + 2*lead, height_ratios=(1, 1.6))
     low, high = np.percentile(latent.image, (.5, 99.5))
     if lead: draw_board(place.add_subplot(grid[:, :2]), latent, row, column, *board)
-    for n, (picture, name) in enumerate([(latent.patch(row, column), "patch"), *((latent.patches[i], f"{r:.2g}") for i, r in zip(order, d))]):
+    for n, (picture, name) in enumerate([(latent.patch(row, column), "patch"), *((latent.patches[i], f"d = {r:#.3g}".rstrip(".")) for i, r in zip(order, d))]):
         show_image(picture, place.add_subplot(grid[0, n + 2*lead]), name, low, high)
     ax, code, at = place.add_subplot(grid[1, 2*lead:]), latent.codes[:, row, column], np.arange(len(latent.codes))
-    ax.stairs(latent.band[1], np.arange(len(at) + 1) - .5, baseline=latent.band[0], fill=True, color="#dddddd", label="9 in 10 of the bank")
+    ax.stairs(latent.band[1], np.arange(len(at) + 1) - .5, baseline=latent.band[0], fill=True, color="#dddddd")
     outside = (code < latent.band[0]) | (code > latent.band[1])
-    ax.bar(at, code, width=.5, color=np.where(outside, COLOURS[1], COLOURS[0]), label="this patch (orange: outside)")
-    ax.set(xlabel="number of the code", xticks=at[::max(1, len(at)//8)]); ax.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(.5, 1), borderaxespad=.1)
+    ax.bar(at, code, width=.5, color=np.where(outside, COLOURS[1], COLOURS[0]))
+    bottom, top = min(latent.reach[0], code.min()), max(latent.reach[1], code.max())
+    ax.set(xlabel="component of the code", ylabel="value", xticks=at[::max(1, len(at)//8)], ylim=(bottom - .05*(top - bottom), top + .05*(top - bottom)))
+    named = (("#dddddd", "9 in 10 of the bank"), (COLOURS[0], "this patch: among them"), (COLOURS[1], "outside"))
+    ax.legend(handles=[Patch(color=colour, label=name) for colour, name in named], ncols=3, loc="lower center", bbox_to_anchor=(.5, 1), handlelength=.8, handletextpad=.4, columnspacing=1., borderaxespad=.2)
     return latent.numbers(row, column)
 
 # %% ../nbs/024_explorers.ipynb #c019
@@ -184,8 +191,10 @@ def latent_explorer(image, codes, bank, patches, scorers, normals=None, cells=No
     `normals` [M,D]: healthy vectors that no scorer was fitted on, for the ranks (default: the bank, which flatters); `cells` [h,w]: which lie in the organ; `foreground` [H,W]: black outside. Above `most_buttons` cells there are sliders only. Errors: `DataError`, `ParameterError`."""
     latent = LatentView(image, codes, bank, patches, scorers, normals, cells, origin, stride, window, k, foreground)
     h, w = latent.cells.shape
-    order = np.argwhere(latent.cells)[np.argsort(next(iter(latent.scores.values()))[latent.cells], kind="stable")]
-    stills = {name: dict(zip(("row", "column"), map(int, order[n]))) | dict(colour=next(iter(scorers))) for name, n in (("highest", -1), ("in the middle", len(order)//2), ("lowest", 0))}
+    first = next(iter(scorers))
+    order = np.argwhere(latent.cells)[np.argsort(latent.scores[first][latent.cells], kind="stable")]
+    highest, middle, lowest = (dict(zip(("row", "column"), map(int, order[n]))) | dict(colour=first) for n in (-1, len(order)//2, 0))
+    stills = {f"highest {first}": highest, f"{first} in the middle": middle, f"lowest {first}": lowest}
     live, size = is_live() if live is None else live, max(12, min(28, 300//max(h, w)))
     board = ipywidgets.Image(format="png") if live else None
 
@@ -197,9 +206,9 @@ def latent_explorer(image, codes, bank, patches, scorers, normals=None, cells=No
         return draw_cell(place, latent, row, column)
 
     def controls():
-        return {"row": ipywidgets.IntSlider(stills["highest"]["row"], 0, h - 1, **look("row")), "column": ipywidgets.IntSlider(stills["highest"]["column"], 0, w - 1, **look("column")),
-                "colour": ipywidgets.SelectionSlider(options=[("nothing", None), *((name, name) for name in scorers)], value=next(iter(scorers)), **look("colour by"))}
-    made = panel(draw, controls, stills, size=(1.1*(k + 1), 3.6), still_size=(1.*(k + 3), 3.1), across=False, title=title, live=live)
+        return {"row": ipywidgets.IntSlider(highest["row"], 0, h - 1, **look("row")), "column": ipywidgets.IntSlider(highest["column"], 0, w - 1, **look("column")),
+                "colour": ipywidgets.SelectionSlider(options=[("nothing", None), *((name, name) for name in scorers)], value=first, **look("colour by"))}
+    made = panel(draw, controls, stills, size=(.9*(k + 1), 3.2), still_size=(1.*(k + 3), 3.1), across=False, title=title, live=live)
     if live:
         over = click_grid(board, latent.cells, size, lambda row, column: made.move(row=row, column=column)) if h*w <= most_buttons else board
         made.children = [*made.children[:-1], ipywidgets.HBox([over, made.picture], layout=ipywidgets.Layout(flex_flow="row wrap", align_items="flex-start"))]
@@ -231,7 +240,7 @@ def lesion_dial(plant, detectors, contrasts, sizes, foreground=None, start=None,
     image, mask, maps = at(*start)
     inside = np.ones(image.shape, bool) if foreground is None else plane(foreground) > 0
     limits, (low, high), frame = {name: map_limits([m], [inside]) for name, m in maps.items()}, np.percentile(image[inside], (.5, 99.5)), view(inside[None, None])
-    live, n = is_live() if live is None else live, 1 + len(detectors)
+    live, n, tall = is_live() if live is None else live, 1 + len(detectors), tallness(frame)
 
     def draw(place, contrast, size):
         image, mask, maps = at(contrast, size)
@@ -246,4 +255,4 @@ def lesion_dial(plant, detectors, contrasts, sizes, foreground=None, start=None,
 
     def controls():
         return {name: ipywidgets.SelectionSlider(options=[(number_text(v), v) for v in values], value=value, continuous_update=False, **look(name)) for name, values, value in (("contrast", contrasts, start[0]), ("size", sizes, start[1]))}
-    return panel(draw, controls, {f"contrast {number_text(c)}, size {number_text(s)}": dict(contrast=c, size=s) for c, s in stills}, size=(2.1*n, 3.2), still_size=(2., 1.8*n + .5), title=title, live=live)
+    return panel(draw, controls, {f"contrast {number_text(c)}, size {number_text(s)}": dict(contrast=c, size=s) for c, s in stills}, size=(2*n, 2*tall + .4), still_size=(2., 1.8*n + .5), title=title, live=live)

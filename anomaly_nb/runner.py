@@ -43,8 +43,8 @@ class Run:
 
     @property
     def folder_name(self):
-        "Name of the run's folder: label and key."
-        return f"{self.label}-{self.key}"
+        "Name of the run's folder: label and key. No colon: not every file system takes one."
+        return f"{self.label.replace(':', '-')}-{self.key}"
 
 # %% ../nbs/730_runner.ipynb #c008
 def worker_environment(folder=None, gpu=None):

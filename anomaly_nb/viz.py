@@ -12,6 +12,7 @@ import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
+from cycler import cycler
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -25,7 +26,7 @@ TRUTH = "#4FC3F7"      # contour of the true mask
 ANOMALY = LinearSegmentedColormap.from_list("anomaly", ["#5c0011", "#b3121d", "#e8541c", "#fba52a", "#fff6b0"])
 STYLE = {"font.size": 10, "axes.titlesize": 10.5, "axes.labelsize": 10, "legend.fontsize": 9, "axes.spines.top": False, "axes.spines.right": False,
          "axes.edgecolor": "#888888", "axes.linewidth": 0.8, "xtick.color": "#444444", "ytick.color": "#444444", "figure.dpi": 70, "savefig.dpi": 110,
-         "axes.grid": False, "legend.frameon": False, "lines.linewidth": 1.8, "figure.facecolor": "white", "image.interpolation": "nearest"}
+         "axes.grid": False, "legend.frameon": False, "lines.linewidth": 1.8, "figure.facecolor": "white", "image.interpolation": "nearest", "axes.prop_cycle": cycler(color=COLOURS)}
 
 # %% ../nbs/020_viz.ipynb #c009
 def _numpy(array):

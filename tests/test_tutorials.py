@@ -1,4 +1,4 @@
-"""Every exercise of the tutorials: the stub fails its check, the solution passes it."""
+"""Every exercise of the tutorials: the stub fails its check, the solution passes it. And their code fits on a page."""
 import json
 import re
 
@@ -28,6 +28,13 @@ def steps(path):
             waiting = []
     assert not waiting, f"{path.name}: the last exercise has no solution"
     return found
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)
+def test_code_fits_on_a_page(path):
+    "JupyterLab shows about 110 characters; a newcomer should not have to read on in the next line."
+    long = [line for kind, *texts in steps(path) for line in "\n".join(texts).splitlines() if len(line) > 110]
+    assert not long, f"{path.name}: {len(long)} lines of code above 110 characters: {long[0][:80]}..."
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda p: p.stem)

@@ -62,6 +62,7 @@ def look_figure(records, golden=None, count=4, seed=0):
             more = values[values > values.min()]                                         # air, clipped values: their share is said, or their bar hides all others
             axes[3].hist(more if len(more) else values, bins=60, color=COLOURS[4 if what else 0], density=True)
             axes[3].set_yticks([]); axes[3].tick_params(labelsize=8)
-            axes[3].set_title(f"{values.min():.4g} ({(values == values.min()).mean():.0%}) to {values.max():.4g}; voxels {'x'.join(f'{s:.2g}' for s in sample['meta']['spacing'])} mm", fontsize=8)
+            axes[3].set_title(f"{values.min():.4g} to {values.max():.4g}, lowest in {(values == values.min()).mean():.0%}; voxels {'x'.join(f'{s:.2g}' for s in sample['meta']['spacing'])} mm", fontsize=8)
             axes[0].set_ylabel(what or (r.id if len(r.id) < 30 else f"{r.id[:14]}…{r.id[-14:]}"), fontsize=8)      # a long name is shortened in its middle: the subject's number stands at its end
+        grid[-1, 3].set_xlabel("grey value in the foreground", fontsize=8)
     return fig

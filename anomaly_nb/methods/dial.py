@@ -61,19 +61,20 @@ def _quantiles(draws, level=0.95):
 def draw_dial(rows, halves, kind, dial, cohort):
     "Figure: share of lesions found at each value of the dial, a line a family, the fitted curves, half points with intervals, dotted the rate of guessing."
     import matplotlib.pyplot as plt
+    from anomaly_nb.viz import COLOURS
     own, fig, ax = rows[rows["kind"] == kind], *plt.subplots(figsize=(8, 3.6), dpi=80, layout="constrained")
     for n, (family, part) in enumerate(own.groupby("family", sort=False)):
         shown, point = part[part["value"] > 0], halves[(halves["kind"] == kind) & (halves["family"] == family)].iloc[0]
         x = np.log2(shown["value"].to_numpy())
         mean = shown.groupby("value")["found"].mean()
         said = "found without a lesion" if math.isnan(point["half"]) else "below all" if point["half"] == 0 else "above all" if math.isinf(point["half"]) else f"half at {point['half']:.2g}"
-        ax.plot(mean.index, mean.to_numpy(), "o", color=f"C{n}", label=f"{family}: {said}")
-        if point["guess"] > 0: ax.axhline(point["guess"], color=f"C{n}", lw=1, ls=":")
+        ax.plot(mean.index, mean.to_numpy(), "o", color=COLOURS[n % len(COLOURS)], label=f"{family}: {said}")
+        if point["guess"] > 0: ax.axhline(point["guess"], color=COLOURS[n % len(COLOURS)], lw=1, ls=":")
         if math.isnan(point["half"]): continue
         fine = np.linspace(x.min(), x.max(), 200)
-        ax.plot(2**fine, fit_psychometric(x, shown["found"].to_numpy(float), point["guess"])(fine), color=f"C{n}")
+        ax.plot(2**fine, fit_psychometric(x, shown["found"].to_numpy(float), point["guess"])(fine), color=COLOURS[n % len(COLOURS)])
         low, high = max(point["low"], mean.index.min()), min(point["high"], mean.index.max())
-        if low < high: ax.axvspan(low, high, color=f"C{n}", alpha=0.1)
+        if low < high: ax.axvspan(low, high, color=COLOURS[n % len(COLOURS)], alpha=0.1)
     ax.set(xscale="log", xlabel=f"lesion {dial} (1: as drawn)", ylabel="share of lesions found", ylim=(-0.02, 1.02), title=f"{kind}, {cohort}")
     ticks = sorted(own.loc[own["value"] > 0, "value"].unique())
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False); ax.minorticks_off(); ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

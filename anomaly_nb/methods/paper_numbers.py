@@ -175,7 +175,7 @@ dense autoencoder | - - - 27.1/16.3 18.5/8.0""", [("BraTS", ("best Dice",)), ("W
 
 # %% ../../nbs/methods/694_paper_numbers.ipynb #c030
 MVTEC = Published(
-    "MVTec AD: Schlueter et al., NSA, ECCV 2022 (with CutPaste and FPI beside it); Zavrtanik et al., DRAEM, 2021 (all from the authors' code)", "pictures of 15 kinds of objects and textures: synthetic anomalies",
+    "MVTec AD: Schlüter et al., NSA, ECCV 2022 (with CutPaste and FPI beside it); Zavrtanik et al., DRAEM, 2021 (all from the authors' code)", "pictures of 15 kinds of objects and textures: synthetic anomalies",
     {"training": "train/good of each category, a network each", "test": "test of each category; mean over categories", "score of a picture": "NSA: mean of the map; DRAEM: maximum of the map, averaged in 21 x 21", "threshold": "none", "parameters": "NSA has its own for each category"},
     {"training": "four fifths of train/good (the last fifth sets thresholds)", "parameters": "one set for all categories", "score of a picture": "of each method its own: mean of the map; DRAEM its window, scaled with the picture; CutPaste the distance from a Gaussian over its vectors"},
     {"MVTec AD, 15 categories": ("mvtec", "", ""), "MVTec AD, 10 objects": ("mvtec", "", "")}, {"MVTec AD, 15 categories": ("textures", ""), "MVTec AD, 10 objects": ("textures", "")}, ("mvtec", ""), ("textures", ""),
@@ -195,5 +195,5 @@ NOT_TABULATED = {
     "Kascenas et al., denoising autoencoders, MIDL 2022 (BraTS 2021)": "no number was read at its source",
     "Alaverdyan et al., siamese autoencoder, MedIA 2020 (epilepsy)": "private patients",
     "Wargnier-Dauchelle et al., attribution constraint, TMI 2023 (MS, tumours)": "private patients; the abstract tells a difference in Dice, no value",
-    "Schlueter et al., NSA, ECCV 2022 (chest X-rays)": "NIH's chest X-rays have no reader here",
+    "Schlüter et al., NSA, ECCV 2022 (chest X-rays)": "NIH's chest X-rays have no reader here",
 }

@@ -83,14 +83,15 @@ def voxel_fdr(normal, test, kind, qs=(0.05, 0.1, 0.2), most=1_000_000, n_boot=10
 def draw_promises(table, marks, title):
     "Figure: promised against counted, for people (`promise_table`; open points: refuted) and for the marks (`voxel_fdr`), a colour a group."
     import matplotlib.pyplot as plt
+    from anomaly_nb.viz import COLOURS
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.2), dpi=75, layout="constrained")
     people = table[table["threshold"] == "subject maximum"]
     names = [g for g in dict.fromkeys(table["group"]) if g != "all"] or ["all"]
     for n, name in enumerate(names):
         for ax, own, x, y in ((axes[0], people[people["group"] == name], "promised", "rate"), (axes[1], marks[marks["group"] == name], "q", "false share")):
-            if len(own): ax.errorbar(own[x] + 0.002 * n, own[y], np.maximum(0, np.abs(own[["low", "high"]].to_numpy().T - own[y].to_numpy())), fmt="o", color=f"C{n}", label=name)
+            if len(own): ax.errorbar(own[x] + 0.002 * n, own[y], np.maximum(0, np.abs(own[["low", "high"]].to_numpy().T - own[y].to_numpy())), fmt="o", color=COLOURS[n % len(COLOURS)], label=name)
         broken = people[(people["group"] == name) & ~people["kept"].astype(bool)]
-        axes[0].plot(broken["promised"] + 0.002 * n, broken["rate"], "o", color=f"C{n}", mfc="white", zorder=5)
+        axes[0].plot(broken["promised"] + 0.002 * n, broken["rate"], "o", color=COLOURS[n % len(COLOURS)], mfc="white", zorder=5)
     for ax, name, what in ((axes[0], "normal people alarmed (open: refuted)", "promised share"), (axes[1], "false share of the marked voxels, ill people", "share asked for")):
         ax.plot([0, 0.3], [0, 0.3], "k--", lw=1, label="as much as that"); ax.set(xlabel=what, ylabel="counted share", title=name, ylim=(-0.02, 1.02 if ax is axes[1] else None))
     known = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}

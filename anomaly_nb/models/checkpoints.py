@@ -14,24 +14,30 @@ import numpy as np
 import torch
 
 from ..core import InputError, ParameterError, seed_everything, settings
-from .fit import _identity, fit
+from .fit import fit, training_identity
 from .model import read_checkpoint, save_model, set_state
 
 # %% ../../nbs/models/312_checkpoints.ipynb #c006
 def made_from(model, data, seed, judge=None):
     "What makes two trainings the same, as plain JSON: class, hyper-parameters, seed, people of the pools that a model learns from, task, and `images` {pool: [mean, standard deviation of its middle image]}."
-    same, task = _identity(model, data, seed, judge), getattr(data, "task", None)
-    middle = {name: torch.as_tensor(pool[len(pool)//2]["image"]).float() for name, pool in data.pools.items() if name in same["pools"] and len(pool)}
-    return same | {"task": "" if task is None else f"{type(task).__name__} {json.dumps({k: str(v) for k, v in sorted(vars(task).items()) if not k.startswith('_') and not hasattr(v, '__dict__')})}",
-                   "images": {name: [round(float(image.mean()), 5), round(float(image.std()), 5)] for name, image in middle.items()}}
+    same, task = training_identity(model, data, seed, judge), getattr(data, "task", None)
+    told = "" if task is None else f"{type(task).__name__} {json.dumps(_plain_options(task))}"
+    pools = {name: pool for name, pool in data.pools.items() if name in same["pools"] and len(pool)}
+    middle = {name: torch.as_tensor(pool[len(pool)//2]["image"]).float() for name, pool in pools.items()}
+    return same | {"task": told, "images": {name: [round(float(image.mean()), 5), round(float(image.std()), 5)] for name, image in middle.items()}}
+
+def _plain_options(task):
+    "{name: text} of a task's attributes that are numbers or words; what has attributes of its own (another object, a function) is left out."
+    return {k: str(v) for k, v in sorted(vars(task).items()) if not k.startswith("_") and not hasattr(v, "__dict__")}
 
 # %% ../../nbs/models/312_checkpoints.ipynb #c010
 def difference(found, wanted, atol=0.01):
     "In what two `made_from` differ, in words (\"\" for the same). atol: tolerance of the images' numbers."
+    def same(key, a, b): return np.allclose(a, b, atol=atol) if key == "images" and a and b else a == b
     for key in sorted(set(found) | set(wanted)):
         a, b = found.get(key), wanted.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            other = [n for n in sorted(set(a) | set(b)) if (a.get(n) != b.get(n) if key != "images" or n not in a or n not in b else not np.allclose(a[n], b[n], atol=atol))]
+            other = [n for n in sorted(set(a) | set(b)) if not same(key, a.get(n), b.get(n))]
             if other: return f"other {key.replace('_', '-')}: " + ", ".join(f"{n} {a.get(n)}, not {b.get(n)}" for n in other)
         elif a != b: return f"another {key}: {a}, not {b}"
     return ""
@@ -78,9 +84,10 @@ def _keep(model, file, about, history, seconds):
 
 # %% ../../nbs/models/312_checkpoints.ipynb #c024
 def checkpoint_table(folder=None):
-    "[dict(name, class, seconds of training, epochs, kilobytes, torch)] of all files of `load_or_train` in a folder (default: this checkout's)."
+    "[dict(name, model (its class), seconds of training, epochs, kilobytes, torch)] of all files of `load_or_train` in a folder (default: this checkout's)."
     rows = []
     for file in sorted(Path(folder or checkpoint_folder()).glob("*.safetensors")):
         meta = read_checkpoint(file)[0]
-        rows.append(dict(name=file.stem, model=meta["class"], seconds=float(meta["seconds"]), epochs=len(json.loads(meta["history"])), kilobytes=round(file.stat().st_size/1000), torch=meta["torch"]))
+        rows.append(dict(name=file.stem, model=meta["class"], seconds=float(meta["seconds"]), epochs=len(json.loads(meta["history"])),
+                         kilobytes=round(file.stat().st_size/1000), torch=meta["torch"]))
     return rows

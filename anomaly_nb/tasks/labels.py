@@ -33,7 +33,7 @@ def interpolation_factor(difference, mask, alpha, least=0.0):
 
 # %% ../../nbs/tasks/225_labels.ipynb #c011
 def logistic(difference, mask, k=13.58, d0=0.162):
-    "1/(1 + exp(-k (difference - d0))) in the mask, 0 outside: float32 [*spatial]. Jumps at the mask's edge. `k`, `d0`: as Baugh et al. fitted them to NSA's for their comparison. Errors: `DataError`. Source: NSA, Schlueter et al. 2022."
+    "1/(1 + exp(-k (difference - d0))) in the mask, 0 outside: float32 [*spatial]. Jumps at the mask's edge. `k`, `d0`: as Baugh et al. fitted them to NSA's for their comparison. Errors: `DataError`. Source: NSA, Schlüter et al. 2022."
     difference, mask = _checked(difference, mask, "logistic")
     return np.where(mask, 1/(1 + np.exp(-np.float32(k)*(difference - np.float32(d0)))), np.float32(0))
 

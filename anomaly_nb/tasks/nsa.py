@@ -43,7 +43,7 @@ class PII(FPI):
 # %% ../../nbs/tasks/272_nsa.ipynb #c015
 @dataclasses.dataclass
 class NSA(ShapeTask):
-    "Natural synthetic anomalies: rectangles of another image, resized, blended in anywhere; target: logistic function of the smoothed change. Errors: `PoolError`, `DataError`. Source: Schlueter et al., ECCV 2022."
+    "Natural synthetic anomalies: rectangles of another image, resized, blended in anywhere; target: logistic function of the smoothed change. Errors: `PoolError`, `DataError`. Source: Schlüter et al., ECCV 2022."
     mix: bool = True                # the stronger of both gradients (textures, X-ray); else the patch's alone (objects)
     offset: float = 0.05            # half-width: (offset + Gamma(*gamma)) of each axis: (0.05, (2, 0.03)) chest X-ray; (0.03, (2, 0.05)) MVTec AD
     gamma: tuple = (2.0, 0.03)

@@ -116,7 +116,7 @@ CLASSES = ("normal", "cutpaste", "scar")
 
 @dataclasses.dataclass
 class CutPaste(Task):
-    "A rectangle (or scar) of the image pasted elsewhere in it. `pretext`: 0 normal, 1 cutpaste, 2 scar, each equally likely; target 1 where the image changed. Errors: `DataError`. Source: Li et al., CVPR 2021; end to end: Schlueter et al. 2022."
+    "A rectangle (or scar) of the image pasted elsewhere in it. `pretext`: 0 normal, 1 cutpaste, 2 scar, each equally likely; target 1 where the image changed. Errors: `DataError`. Source: Li et al., CVPR 2021; end to end: Schlüter et al. 2022."
     kinds: str = "normal+cutpaste+scar"   # drawn from, equally likely; "cutpaste" alone for segmentation
     area: tuple = (0.02, 0.15)            # of the rectangle, as a share of the image
     aspect: tuple = (0.3, 3.3)            # of its sides
@@ -170,7 +170,7 @@ def apply(self: CutPaste, sample, rng):
 # %% ../../nbs/tasks/270_patches.ipynb #c031
 @dataclasses.dataclass
 class PseudoAnomaly(ShapeTask):
-    "Shapes filled with what lies elsewhere in the same image; target 1 where it changed. Errors: `DataError`. Source: Cho et al. 2021 (the idea); shapes and number from Baugh et al. 2023."
+    "Shapes filled with what lies elsewhere in the same image; target 1 where it changed. Errors: `DataError`. Source: Cho et al. 2022 (the idea); shapes and number from Baugh et al. 2023."
     label: str = "binary"
 
     def change(self, image, shape, corner, sample, rng):

@@ -106,7 +106,7 @@ def check_numbers(where, **arrays):
 
 # %% ../../nbs/tasks/240_poisson.ipynb #c030
 def poisson_blend(target, source, mask, corner, mix_gradients=True):
-    "Blends source [C,*box] into target [C,*spatial] where mask [*box] is set; the box's first voxel is `corner`. -> new array [C,*spatial], float32 (float64 if the target is), not clipped. Errors: `DataError`. Source: Perez et al. 2003; Baugh et al. 2023, section 2."
+    "Blends source [C,*box] into target [C,*spatial] where mask [*box] is set; the box's first voxel is `corner`. -> new array [C,*spatial], float32 (float64 if the target is), not clipped. Errors: `DataError`. Source: Pérez et al. 2003; Baugh et al. 2023, section 2."
     target, source = check_numbers("poisson_blend", target=target, source=source)
     mask = np.asarray(mask)
     if target.ndim != source.ndim or len(target) != len(source): raise DataError("poisson_blend", f"target {target.shape} and source {source.shape} do not go together", "the same channels and number of axes")

@@ -169,10 +169,11 @@ def unique_names(root):
 
 
 def opening(root):
-    "A chapter opens with `# Title` and `> one line`; `default_exp` stands alone in the second cell; nothing is hidden from evaluation."
+    "A chapter opens with `# Title` and `> one line`; `default_exp` stands alone in the second cell; nothing is hidden from evaluation, and only an unsolved exercise may fail."
     problems = []
     for path in notebooks(root):
         if any(re.search(r"^#\|\s*eval:\s*false", text, re.M) for text in code(path)): problems.append(f"{path.name}: has a cell that is not evaluated")
+        if any("raises-exception" in c["metadata"].get("tags", []) and not re.match(r"#\|\s*exercise\b", source(c)) for c in cells(path)): problems.append(f"{path.name}: a cell that may fail and is no exercise")
         if path.name == "index.ipynb" or is_experiment(path) or "tutorials" in path.parts: continue
         first, second = cells(path)[:2]
         if not re.match(r"# [^\n]+\n\n?> [^\n]+\s*$", source(first)): problems.append(f"{path.name}: does not open with '# Title' and '> one line'")

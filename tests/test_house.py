@@ -129,6 +129,11 @@ def test_catches_a_cell_that_is_not_evaluated(tree):
     only(house.opening(tree), "not evaluated")
 
 
+def test_catches_a_cell_that_may_fail(tree):
+    edit(chapter(tree, "arrays"), lambda nb: add_code(nb, "1/0", ["raises-exception"]))
+    only(house.opening(tree), "is no exercise")
+
+
 def test_catches_a_chapter_without_its_one_line(tree):
     edit(chapter(tree, "arrays"), lambda nb: nb["cells"][0].update(source="# Arrays"))
     only(house.opening(tree), "does not open with")

@@ -34,9 +34,10 @@ test: .venv/ready  ## export check, every notebook, pytest
 	$(BIN)/python -m pytest tests/test_house.py
 	$(BIN)/anomaly-nb data make brain --size tiny --contrast FLAIR
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --timing --skip-folder-re '^[_.]|^tutorials'     # pytest executes those, with their exercises
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=10 --ignore=tests/test_house.py
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --durations=10 --ignore=tests/test_house.py -m "not long"
 
-test-system: .venv/docs-ready  ## kills, faults and a real browser
+test-system: .venv/docs-ready  ## kills, faults and a real browser; what trains for long
+	$(BIN)/python -m pytest tests --numprocesses $(WORKERS) -m long --durations=10
 	$(BIN)/python -m pytest tests/system -rs --durations=10
 
 bench: .venv/ready  ## speed as ratios, side by side

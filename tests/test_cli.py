@@ -117,7 +117,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     (tmp_path/"below").mkdir()
     done = call("run", "evaluate", "-p", "model=own_loud:Loud", cwd=tmp_path/"below")
     assert done.returncode == 0, done.stderr
-    folder, = (tmp_path/"runs").glob("evaluate-brain-own_loud:Loud-*")
+    folder, = (tmp_path/"runs").glob("evaluate-brain-own_loud-Loud-*")
     metrics = json.loads((folder/"metrics.json").read_text())
     assert metrics["model"] == "own_loud:Loud" and not metrics["baseline"] and metrics["kinds"]["bright"]["pixel"]["ap"] > 0.1
 
@@ -182,6 +182,7 @@ def scans(tmp_path):
     return tmp_path
 
 
+@pytest.mark.long
 def test_own_scans_with_a_relative_path(scans):
     "check, run and report from another folder than the project's; the same scans under another name are the same run; broken ones are named before a run."
     runs = {"ANOMALY_NB_RUNS_FOLDER": str(scans/"runs")}

@@ -89,6 +89,7 @@ def test_every_set_makes_samples(mini, dims):
     assert bool(lesion) == any(r.label and r.mask_known for r in records)
 
 
+@pytest.mark.long
 def test_learned_on_one_set_tested_on_another(tmp_path):
     "From the settings to the report: two miniatures, joined, through the experiment notebook, from the command line; and a prepared copy of one of them."
     healthy.ixi_mini(tmp_path/"ixi"); wmh(tmp_path/"WMH 2017")

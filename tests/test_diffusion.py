@@ -66,6 +66,7 @@ def test_dials_are_checked(data, options, word):
         with pytest.raises(ParameterError, match=word): make_model(name, data, f"preset=tiny {options}")
 
 
+@pytest.mark.long
 def test_the_constrained_half_shares_the_denoiser(data):
     """What the experiment diffusion_verdict relies on: with no epochs the denoiser stays as it was given, and the classifiers are trained."""
     seed_everything(0)

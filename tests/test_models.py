@@ -111,6 +111,7 @@ def tiny():
     return {pool: SliceSet(VolumeSet(found[::2] if pool == "test" else found), min_foreground=0.05 if pool in ("train", "unlabelled") else 1e-9) for pool, found in records.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n for n, e in catalog.MODELS.items() if "detects" not in e.exempt])
 def test_finds_cohort_lesions(name, tiny):
     """After three seconds of training, or, if that was too little, after twelve (`many`, of ten networks: eight, thirty)."""

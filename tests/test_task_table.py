@@ -105,6 +105,7 @@ def test_the_organ_only_counts_the_organ():
     assert found["slice_ap"] == pytest.approx(average_precision_score(*zip(*rows)))
 
 
+@pytest.mark.long
 def test_cradls_region_is_the_centre_at_another_size():
     "Against torch's interpolation of the cropped slices."
     rng = np.random.default_rng(0)
@@ -248,6 +249,7 @@ def test_joined_predictions_lack_nothing_that_was_asked_for(tmp_path):
 
 # --- the experiment --------------------------------------------------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.long
 def test_the_experiment_makes_the_table_of_the_runs_it_is_given(tmp_path):
     "Two folds of five, one of another seed, in two splits, untrained: the table says what it lacks, and its ensemble stands among the kinds."
     for name, fold, split, seed in (("a", 0, "1/4", 0), ("b", 1, "1/4", 0), ("c", 0, "4/1", 0), ("d", 2, "1/4", 7)): member(tmp_path/name, fold, split, seed)

@@ -38,7 +38,8 @@ test: .venv/ready  ## export check, every notebook, pytest
 
 test-system: .venv/docs-ready  ## kills, faults and a real browser; what trains for long
 	$(BIN)/python -m pytest tests --numprocesses $(WORKERS) -m long --durations=10
-	$(BIN)/python -m pytest tests/system -rs --durations=10
+	$(BIN)/python -m pytest tests/system/test_checkpoints.py --numprocesses $(WORKERS)
+	$(BIN)/python -m pytest tests/system --ignore=tests/system/test_checkpoints.py -rs --durations=10
 
 bench: .venv/ready  ## speed as ratios, side by side
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
